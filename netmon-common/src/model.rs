@@ -1,0 +1,471 @@
+//! The events that an agent records, as both ends know them.
+//!
+//! Every event goes into the agent's log, its spool, over the wire and into the server's store as one
+//! [`Record`]. Times called `wall` are nanoseconds since 1970-01-01T00:00:00Z by the PC's clock; times called
+//! `boot` are nanoseconds of its boot clock (`CLOCK_BOOTTIME`: goes on in suspend, cannot be set).
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::raw::Raw;
+
+/// Longest encoded record, in bytes. A record of the largest event is well below; see the test.
+pub const MAX_RECORD: usize = 16 * 1024;
+
+/// One event with its place in the agent's history.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Number within the spool's epoch: starts at 1, grows by 1, never repeats.
+    pub seq: u64,
+    /// How often the agent had been started with this spool: 1 for the first run.
+    pub run: u32,
+    /// When it was recorded, boot clock.
+    pub boot_ns: u64,
+    /// When it was recorded, the PC's wall clock.
+    pub wall_ns: i64,
+    /// What happened.
+    pub event: Event,
+}
+
+/// Why bytes are not a record.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum RecordError {
+    /// Longer than [`MAX_RECORD`].
+    #[error("a record of {0} bytes is longer than the limit of {MAX_RECORD}")]
+    TooLong(usize),
+    /// Not what postcard wrote for a [`Record`], or more than that.
+    #[error("not a record: {0}")]
+    Malformed(&'static str),
+}
+
+impl Record {
+    /// The record's bytes in spool, wire and store.
+    ///
+    /// # Errors
+    /// [`RecordError::TooLong`] when the event holds more than any event should.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, RecordError> {
+        let bytes = postcard::to_stdvec(self).map_err(|_| RecordError::Malformed("does not encode"))?;
+        if bytes.len() > MAX_RECORD {
+            return Err(RecordError::TooLong(bytes.len()));
+        }
+        Ok(bytes)
+    }
+
+    /// Reads exactly one record; anything left over is an error.
+    ///
+    /// # Errors
+    /// [`RecordError`] says what is wrong with the bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
+        if bytes.len() > MAX_RECORD {
+            return Err(RecordError::TooLong(bytes.len()));
+        }
+        match postcard::take_from_bytes::<Self>(bytes) {
+            Ok((record, [])) => Ok(record),
+            Ok(_) => Err(RecordError::Malformed("bytes follow the record")),
+            Err(_) => Err(RecordError::Malformed("does not decode")),
+        }
+    }
+}
+
+/// What an agent records. New kinds are added at the end: the order is the encoding.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The agent began to watch.
+    AgentStarted(AgentStarted),
+    /// The agent ended in good order.
+    AgentStopped,
+    /// An interface is watched from now on.
+    InterfaceAttached(Interface),
+    /// An interface is gone, or no longer watched.
+    InterfaceDetached(Interface),
+    /// A USB device that was there when the agent started.
+    DevicePresent(UsbDevice),
+    /// A USB device was plugged in.
+    DeviceAdded(UsbDevice),
+    /// A USB device was unplugged.
+    DeviceRemoved(UsbDevice),
+    /// A transfer started, goes on, or ended.
+    Transfer(Transfer),
+    /// Traffic that makes no transfer lines, summed.
+    Muted(Muted),
+    /// "Still watching": what was covered, and every loss counter.
+    Coverage(Coverage),
+    /// Something was not seen or not kept.
+    Gap(Gap),
+    /// The filter list was loaded, or a new one was refused.
+    Filter(Filter),
+}
+
+/// Who watches, where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentStarted {
+    /// The agent's version.
+    pub version: Raw,
+    /// The PC's kernel release.
+    pub kernel: Raw,
+    /// The PC's host name.
+    pub hostname: Raw,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: [u8; 16],
+    /// True when the run before this one did not end with [`Event::AgentStopped`].
+    pub previous_run_died: bool,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Name, for example `eth0`.
+    pub name: Raw,
+    /// Kernel's index.
+    pub index: u32,
+    /// How its packets are seen.
+    pub hook: Hook,
+}
+
+/// Where the programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Hook {
+    /// TCX links, ingress and egress (kernel 6.6).
+    Tcx,
+    /// clsact filters, ingress and egress.
+    Clsact,
+    /// XDP for ingress, TCX for egress.
+    XdpTcx,
+    /// XDP for ingress, clsact for egress.
+    XdpClsact,
+}
+
+/// A USB device as its descriptors name it. Empty strings: the device gives none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsbDevice {
+    /// Where it is plugged in: kernel device path without `/sys`, the identity while it is plugged in.
+    pub devpath: Raw,
+    /// Bus number.
+    pub bus: u16,
+    /// Device number on the bus.
+    pub number: u16,
+    /// idVendor.
+    pub vendor_id: u16,
+    /// idProduct.
+    pub product_id: u16,
+    /// Vendor's name.
+    pub vendor: Raw,
+    /// Product's name.
+    pub model: Raw,
+    /// Serial number.
+    pub serial: Raw,
+    /// Its interfaces, at most [`UsbDevice::MAX_INTERFACES`].
+    pub interfaces: Vec<UsbInterface>,
+}
+
+impl UsbDevice {
+    /// Most interfaces that are kept of one device.
+    pub const MAX_INTERFACES: usize = 32;
+}
+
+/// USB class code triple of one interface (USB 2.0, table 9-12).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct UsbInterface {
+    /// bInterfaceClass.
+    pub class: u8,
+    /// bInterfaceSubClass.
+    pub subclass: u8,
+    /// bInterfaceProtocol.
+    pub protocol: u8,
+}
+
+/// A burst of activity with one counterpart on one channel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transfer {
+    /// Number within the agent's run; the same in `Started`, `Progress` and `Ended`.
+    pub id: u64,
+    /// Started, going on, ended.
+    pub phase: Phase,
+    /// The way the data moved.
+    pub channel: Channel,
+    /// With whom.
+    pub counterpart: Counterpart,
+    /// What was spoken; several on one LAN transfer; at most [`Transfer::MAX_SERVICES`], in order.
+    pub services: Vec<Service>,
+    /// Who opened it (the first flow, where there are several).
+    pub opened: Opened,
+    /// Interface of the first packet; empty for USB storage.
+    pub interface: Raw,
+    /// First packet (or I/O), wall clock.
+    pub first_wall_ns: i64,
+    /// Last packet (or I/O) so far, wall clock.
+    pub last_wall_ns: i64,
+    /// What moved so far.
+    pub traffic: Traffic,
+}
+
+impl Transfer {
+    /// Most services that are listed for one transfer.
+    pub const MAX_SERVICES: usize = 8;
+}
+
+/// Where in its life a transfer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    /// Its first payload was seen.
+    Started,
+    /// It goes on.
+    Progress,
+    /// It is over.
+    Ended(EndReason),
+}
+
+/// Why a transfer is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EndReason {
+    /// Two seconds without a packet (or I/O).
+    Silence,
+    /// The agent was stopped while it went on.
+    AgentStopped,
+    /// The device, or the interface, is gone.
+    DeviceRemoved,
+    /// The counterpart is muted since a new filter list came.
+    Muted,
+}
+
+/// The three ways data moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Channel {
+    /// USB storage.
+    Usb,
+    /// Another host of a private network.
+    Lan,
+    /// Everything else.
+    Internet,
+}
+
+/// With whom data was exchanged.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Counterpart {
+    /// A host, by address (IPv4-mapped IPv6 addresses appear as IPv4).
+    Host(IpAddr),
+    /// A USB disk.
+    Disk(Disk),
+}
+
+/// A USB disk.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Disk {
+    /// Kernel name, for example `sdb`.
+    pub name: Raw,
+    /// Vendor's name of the USB device.
+    pub vendor: Raw,
+    /// Product's name of the USB device.
+    pub model: Raw,
+    /// Serial number of the USB device.
+    pub serial: Raw,
+}
+
+/// What was spoken, by the port of the side that was called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Service {
+    /// TCP to this port.
+    Tcp(u16),
+    /// UDP to this port.
+    Udp(u16),
+    /// QUIC (by its header, RFC 9000 17.2) to this UDP port.
+    Quic(u16),
+    /// Block I/O.
+    Storage,
+}
+
+/// Who opened a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Opened {
+    /// This PC.
+    Here,
+    /// The counterpart.
+    There,
+    /// It was there before the agent.
+    Unknown,
+}
+
+/// What moved. `tx` leaves this PC (or is written to the disk), `rx` arrives (or is read from it).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Bytes that left, from the IP header on.
+    pub tx_bytes: u64,
+    /// Bytes that arrived, from the IP header on.
+    pub rx_bytes: u64,
+    /// Bytes that left, behind the TCP or UDP header (retransmissions included).
+    pub tx_payload: u64,
+    /// Bytes that arrived, behind the TCP or UDP header (retransmissions included).
+    pub rx_payload: u64,
+    /// Packets that left (I/O requests for disks).
+    pub tx_packets: u64,
+    /// Packets that arrived (I/O requests for disks).
+    pub rx_packets: u64,
+}
+
+impl std::ops::AddAssign for Traffic {
+    fn add_assign(&mut self, other: Self) {
+        self.tx_bytes += other.tx_bytes;
+        self.rx_bytes += other.rx_bytes;
+        self.tx_payload += other.tx_payload;
+        self.rx_payload += other.rx_payload;
+        self.tx_packets += other.tx_packets;
+        self.rx_packets += other.rx_packets;
+    }
+}
+
+impl Traffic {
+    /// True when neither side sent anything but headers.
+    pub fn is_without_payload(&self) -> bool {
+        self.tx_payload == 0 && self.rx_payload == 0
+    }
+}
+
+/// The muted ledger's entry of one label for one period: traffic without transfer lines is never forgotten.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Muted {
+    /// Why it is muted: a section of `ip.txt`, or a reason of netmon's own such as `service:dns`.
+    pub label: Raw,
+    /// Start of the period, wall clock.
+    pub from_wall_ns: i64,
+    /// End of the period, wall clock.
+    pub to_wall_ns: i64,
+    /// What moved in the period.
+    pub traffic: Traffic,
+    /// Flows that moved something in the period.
+    pub flows: u64,
+}
+
+/// "Still watching." Counters are totals of this run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Coverage {
+    /// Watched interfaces by name, at most [`Coverage::MAX_INTERFACES`].
+    pub interfaces: Vec<Raw>,
+    /// True when USB events are being received.
+    pub usb: bool,
+    /// Flows in the kernel's tables now.
+    pub flows: u64,
+    /// Transfers that go on now.
+    pub transfers: u64,
+    /// Frames that reached a hook.
+    pub seen: u64,
+    /// Frames counted in a flow.
+    pub counted: u64,
+    /// Frames that are not IP, passed by.
+    pub not_ip: u64,
+    /// IP packets that are neither TCP nor UDP, passed by.
+    pub other_protocol: u64,
+    /// Frames that could not be parsed.
+    pub malformed: u64,
+    /// Frames of flows for which the flow table had no room.
+    pub table_full: u64,
+    /// "Flow opened" records that found the ring full.
+    pub ring_full: u64,
+    /// Records that wait in the spool for the server.
+    pub backlog: u64,
+    /// Records that the spool had to give up.
+    pub spool_lost: u64,
+}
+
+impl Coverage {
+    /// Most interfaces that are listed.
+    pub const MAX_INTERFACES: usize = 16;
+}
+
+/// An explicit record that something was not seen or not kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gap {
+    /// Why.
+    pub reason: GapReason,
+    /// Since when, wall clock.
+    pub from_wall_ns: i64,
+    /// Until when, wall clock.
+    pub to_wall_ns: i64,
+    /// How many, in the unit of the reason; `None`: unknown.
+    pub count: Option<u64>,
+}
+
+/// Why something was not seen or not kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GapReason {
+    /// No agent ran. Count: unknown.
+    AgentDown,
+    /// The agent was held up; transfers in this time may be merged. Count: unknown.
+    AgentStalled,
+    /// The kernel's flow table was full. Count: frames.
+    FlowTableFull,
+    /// The ring buffer was full; the flows are counted, their start is late. Count: flows.
+    RingFull,
+    /// Too many transfers at once; the rest is in the ledger. Count: flows.
+    TransferTableFull,
+    /// The spool had reached its size limit. Count: records.
+    SpoolFull,
+    /// The spool could not be written (disk full, I/O error). Count: records.
+    SpoolUnwritable,
+    /// The spool's end was damaged (power cut, crash). Count: bytes cut off.
+    SpoolDamaged,
+    /// USB messages were lost; the devices were listed anew. Count: unknown.
+    UsbMessagesLost,
+    /// USB events cannot be received. Count: unknown.
+    UsbNotWatched,
+    /// Found by the server: these records never came. Count: records.
+    NeverReceived,
+    /// The PC's own log could not be written. Count: lines.
+    LogUnwritable,
+}
+
+/// The filter list (`ip.txt`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Filter {
+    /// A list is in force.
+    Loaded {
+        /// Prefixes.
+        prefixes: u32,
+        /// Labels.
+        labels: u32,
+    },
+    /// A new list was refused; the last good one stays in force.
+    Refused {
+        /// The error: file, line, what is wrong.
+        error: Raw,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(event: Event) -> Record {
+        Record { seq: u64::MAX, run: u32::MAX, boot_ns: u64::MAX, wall_ns: i64::MIN, event }
+    }
+
+    #[test]
+    fn the_largest_event_fits_into_a_record() {
+        let long = Raw::new([0xff; 255]);
+        let device = UsbDevice {
+            devpath: long.clone(),
+            vendor: long.clone(),
+            model: long.clone(),
+            serial: long.clone(),
+            interfaces: vec![
+                UsbInterface { class: 255, subclass: 255, protocol: 255 };
+                UsbDevice::MAX_INTERFACES
+            ],
+            ..UsbDevice::default()
+        };
+        let coverage = Coverage { interfaces: vec![long; Coverage::MAX_INTERFACES], ..Coverage::default() };
+        for event in [Event::DeviceAdded(device), Event::Coverage(coverage)] {
+            let bytes = record(event.clone()).to_bytes().unwrap();
+            assert_eq!(Record::from_bytes(&bytes).unwrap().event, event);
+        }
+    }
+
+    #[test]
+    fn bytes_behind_a_record_are_refused() {
+        let mut bytes = record(Event::AgentStopped).to_bytes().unwrap();
+        bytes.push(0);
+        assert_eq!(Record::from_bytes(&bytes), Err(RecordError::Malformed("bytes follow the record")));
+        bytes.truncate(bytes.len() - 2);
+        assert!(Record::from_bytes(&bytes).is_err());
+    }
+}
