@@ -5,8 +5,12 @@
 //! [`run`] moves data between them.
 
 pub mod clock;
+pub mod flows;
 pub mod identity;
 pub mod kernel;
+pub mod ledger;
+pub mod links;
 pub mod spool;
+pub mod transfers;
 pub mod uplink;
 pub mod usb;
