@@ -5,8 +5,10 @@
 //! [`run`] moves data between them.
 
 pub mod clock;
+pub mod config;
 pub mod flows;
 pub mod identity;
+pub mod journal;
 pub mod kernel;
 pub mod ledger;
 pub mod links;
