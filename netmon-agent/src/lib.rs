@@ -6,6 +6,7 @@
 
 pub mod clock;
 pub mod config;
+pub mod filter;
 pub mod flows;
 pub mod identity;
 pub mod journal;
@@ -13,6 +14,7 @@ pub mod kernel;
 pub mod ledger;
 pub mod links;
 pub mod spool;
+pub mod status;
 pub mod transfers;
 pub mod uplink;
 pub mod usb;
