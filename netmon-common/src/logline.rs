@@ -120,7 +120,6 @@ fn transfer_sentence(run: u32, t: &Transfer, zone: &TimeZone) -> String {
                 EndReason::Silence => "",
                 EndReason::AgentStopped => ", cut off: the agent stopped",
                 EndReason::DeviceRemoved => ", cut off: the device is gone",
-                EndReason::Muted => ", now muted by the filter list",
             };
             format!(
                 "{channel} transfer ended: {who}, {}, last at {}{reason} {id}",
@@ -181,6 +180,7 @@ fn gap_sentence(gap: &Gap, zone: &TimeZone) -> String {
         GapReason::UsbNotWatched => ("USB events cannot be received", ""),
         GapReason::NeverReceived => ("records never came from this PC", "records"),
         GapReason::LogUnwritable => ("this PC's log could not be written", "lines"),
+        GapReason::InterfaceNotWatched => ("an interface cannot be watched, see the agent's status", ""),
     };
     let count = match gap.count {
         Some(count) => format!(", {count} {unit}"),
