@@ -412,6 +412,8 @@ pub enum GapReason {
     NeverReceived,
     /// The PC's own log could not be written. Count: lines.
     LogUnwritable,
+    /// A USB disk is there whose I/O counters cannot be read. Count: disks.
+    UsbDiskNotMeasured,
 }
 
 /// The filter list (`ip.txt`).
