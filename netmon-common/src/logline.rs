@@ -26,9 +26,13 @@ pub fn is_usb(event: &Event) -> bool {
     match event {
         Event::DevicePresent(_) | Event::DeviceAdded(_) | Event::DeviceRemoved(_) => true,
         Event::Transfer(transfer) => transfer.channel == Channel::Usb,
-        Event::Gap(gap) => {
-            matches!(gap.reason, GapReason::AgentDown | GapReason::UsbMessagesLost | GapReason::UsbNotWatched)
-        }
+        Event::Gap(gap) => matches!(
+            gap.reason,
+            GapReason::AgentDown
+                | GapReason::UsbMessagesLost
+                | GapReason::UsbNotWatched
+                | GapReason::UsbDiskNotMeasured
+        ),
         _ => false,
     }
 }
@@ -181,6 +185,7 @@ fn gap_sentence(gap: &Gap, zone: &TimeZone) -> String {
         GapReason::NeverReceived => ("records never came from this PC", "records"),
         GapReason::LogUnwritable => ("this PC's log could not be written", "lines"),
         GapReason::InterfaceNotWatched => ("an interface cannot be watched, see the agent's status", ""),
+        GapReason::UsbDiskNotMeasured => ("a USB disk's reads and writes cannot be measured", "disks"),
     };
     let count = match gap.count {
         Some(count) => format!(", {count} {unit}"),

@@ -412,6 +412,8 @@ pub enum GapReason {
     LogUnwritable,
     /// An interface that was to be watched cannot be. Count: unknown.
     InterfaceNotWatched,
+    /// A USB disk is there whose I/O counters cannot be read. Count: disks.
+    UsbDiskNotMeasured,
 }
 
 /// The filter list (`ip.txt`).
