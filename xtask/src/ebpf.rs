@@ -30,6 +30,13 @@ pub struct Options {
     install: bool,
 }
 
+impl Options {
+    /// What is missing is installed.
+    pub fn installing() -> Self {
+        Self { install: true }
+    }
+}
+
 /// Builds the object and writes the fingerprint of its sources next to it.
 ///
 /// # Errors
