@@ -3,8 +3,11 @@
 
 pub mod cleanup;
 pub mod clock;
+pub mod follower;
 pub mod generator;
 pub mod host;
+pub mod lines;
+pub mod netmon;
 pub mod room;
 pub mod traffic;
 pub mod wait;
