@@ -1,7 +1,7 @@
 //! libudev: the monitor's socket and the list of devices, turned into [`Message`]s.
 
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -99,6 +99,8 @@ impl AsFd for Monitor {
 /// # Errors
 /// When sysfs cannot be listed.
 pub fn list() -> io::Result<Vec<Message>> {
+    // libudev finds nothing and says nothing where sysfs is not mounted.
+    fs::read_dir("/sys/bus")?;
     let mut found = Vec::new();
     for (subsystem, devtype) in [("usb", "usb_device"), ("block", "disk")] {
         let mut enumerator = udev::Enumerator::new()?;
