@@ -34,6 +34,10 @@ pub mod programs {
     pub const TC_INGRESS: &str = "nm_tc_ingress";
     /// TC egress: counts what leaves.
     pub const TC_EGRESS: &str = "nm_tc_egress";
+    /// TC ingress of interfaces without Ethernet header (tun, WireGuard, PPP, raw-IP modems).
+    pub const TC_L3_INGRESS: &str = "nm_tc_l3_in";
+    /// TC egress of interfaces without Ethernet header.
+    pub const TC_L3_EGRESS: &str = "nm_tc_l3_out";
     /// XDP ingress: counts what arrives, instead of the TC ingress program.
     pub const XDP_INGRESS: &str = "nm_xdp_ingress";
 }

@@ -1,1 +1,421 @@
-//! See ARCHITECTURE.md.
+//! The kernel's border: loads the programs, attaches them, fills their tries and reads what they count.
+//!
+//! A thin shell: nothing is decided here but what the kernel demands. All calls are synchronous and short (a sweep
+//! of a full table takes some milliseconds). Names of maps and programs, and what they mean: docs/bpftool.md and
+//! [`netmon_common::abi`].
+//!
+//! Attachments are not pinned: they end with the process, however it ends. Maps and programs are pinned for
+//! `bpftool` alone; the pins of an agent that died are removed at the next start. Two agents must not run at once
+//! on one PC (both would count, and the second removes the pins of the first): the caller holds a lock file.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{Program, SchedClassifier, Xdp},
+};
+use ipnet::IpNet;
+use netmon_common::{
+    abi::{
+        Config, Flow4Key, Flow6Key, FlowOpened, FlowState, MAX_FLOWS, MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES,
+        RING_BYTES, Stats, maps, programs,
+    },
+    model::Hook,
+};
+
+mod attach;
+mod error;
+mod flows;
+mod netlink;
+mod prefixes;
+mod preflight;
+mod sys;
+
+pub use self::{
+    error::KernelError,
+    flows::{FlowId, FlowReading},
+    prefixes::PrefixChange,
+    preflight::check as preflight,
+};
+
+/// The kernel programs, as `cargo xtask build-ebpf` built them.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netmon-ebpf"));
+
+/// Where the pins go unless configured otherwise.
+pub const PIN_DIRECTORY: &str = "/sys/fs/bpf/netmon";
+
+/// Which hook sees what arrives. What leaves is always seen by TC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// TC ingress: behind GRO, ahead of the firewall.
+    #[default]
+    Tc,
+    /// XDP: ahead of everything else, in the driver where it can, which may interrupt the link for a moment while
+    /// attaching. Interfaces without Ethernet header are watched by TC nevertheless.
+    Xdp,
+}
+
+/// How TC programs are attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TcKind {
+    /// TCX where the kernel has it (6.6), else clsact.
+    #[default]
+    Best,
+    /// clsact filters even where the kernel has TCX.
+    Clsact,
+}
+
+/// How to load.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Directory for the pins; its parent must be in a BPF file system.
+    pub pin_dir: PathBuf,
+    /// Which hook sees what arrives.
+    pub mode: Mode,
+    /// How TC programs are attached.
+    pub tc: TcKind,
+    /// Sizes of the maps.
+    pub sizes: Sizes,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            pin_dir: PIN_DIRECTORY.into(),
+            mode: Mode::default(),
+            tc: TcKind::default(),
+            sizes: Sizes::default(),
+        }
+    }
+}
+
+/// Sizes of the maps; the default is what [`netmon_common::abi`] names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Entries in each flow table.
+    pub flows: u32,
+    /// Prefixes in each trie of private networks.
+    pub lan_prefixes: u32,
+    /// Prefixes in each trie of muted prefixes.
+    pub muted_prefixes: u32,
+    /// Ring buffer, in bytes; rounded up to a power of two of pages.
+    pub ring_bytes: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            flows: MAX_FLOWS as u32,
+            lan_prefixes: MAX_LAN_PREFIXES as u32,
+            muted_prefixes: MAX_MUTED_PREFIXES as u32,
+            ring_bytes: RING_BYTES as u32,
+        }
+    }
+}
+
+/// All TC programs, with what they are called in the kernel.
+const TC_PROGRAMS: [&str; 4] =
+    [programs::TC_INGRESS, programs::TC_EGRESS, programs::TC_L3_INGRESS, programs::TC_L3_EGRESS];
+
+/// The loaded programs and their maps.
+pub struct Kernel {
+    options: LoadOptions,
+    attached: BTreeMap<u32, attach::Attached>,
+    /// False once the kernel has said that it has no TCX.
+    tcx: bool,
+    ebpf: Ebpf,
+    tables: Tables,
+    stats: PerCpuArray<MapData, Stats>,
+    config: Array<MapData, Config>,
+    events: RingBuf<MapData>,
+    /// Records of the ring buffer that had a wrong length.
+    refused_records: u64,
+    generation: u32,
+}
+
+struct Tables {
+    flows4: Map,
+    flows6: Map,
+    lan4: Map,
+    lan6: Map,
+    mute4: Map,
+    mute6: Map,
+}
+
+impl std::fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernel")
+            .field("options", &self.options)
+            .field("attached", &self.attached)
+            .field("generation", &self.generation)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Kernel {
+    /// Checks kernel and privileges, clears the pin directory, loads the programs and pins them with their maps.
+    /// Nothing is attached yet, and the tries are empty: [`Self::set_prefixes`] comes next, then [`Self::attach`].
+    ///
+    /// # Errors
+    /// [`KernelError`], each variant with what to do. Nothing stays behind but perhaps an empty pin directory.
+    pub fn load(options: LoadOptions) -> Result<Self, KernelError> {
+        preflight::check()?;
+        preflight::prepare_pin_directory(&options.pin_dir)?;
+        let directory = options.pin_dir.clone();
+        Self::load_and_pin(options).inspect_err(|_| {
+            // The first error is the one to report; what is left over goes at the next start.
+            let _ = preflight::remove_pins(&directory);
+        })
+    }
+
+    fn load_and_pin(options: LoadOptions) -> Result<Self, KernelError> {
+        let sizes = options.sizes;
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries(maps::FLOWS4, sizes.flows)
+            .map_max_entries(maps::FLOWS6, sizes.flows)
+            .map_max_entries(maps::LAN4, sizes.lan_prefixes)
+            .map_max_entries(maps::LAN6, sizes.lan_prefixes)
+            .map_max_entries(maps::MUTE4, sizes.muted_prefixes)
+            .map_max_entries(maps::MUTE6, sizes.muted_prefixes)
+            .map_max_entries(maps::EVENTS, sizes.ring_bytes)
+            .load(OBJECT)
+            .map_err(|source| KernelError::Load(Box::new(source)))?;
+        let directory = options.pin_dir.as_path();
+
+        for name in TC_PROGRAMS {
+            let program = tc_program(&mut ebpf, name)?;
+            program.load().map_err(|source| KernelError::LoadProgram { name, source: Box::new(source) })?;
+            program.pin(directory.join(name)).map_err(pin_error(name, directory))?;
+        }
+        let program = xdp_program(&mut ebpf)?;
+        let name = programs::XDP_INGRESS;
+        program.load().map_err(|source| KernelError::LoadProgram { name, source: Box::new(source) })?;
+        program.pin(directory.join(name)).map_err(pin_error(name, directory))?;
+
+        let mut take = |name: &'static str| {
+            let map = ebpf.take_map(name).ok_or(KernelError::Missing { name })?;
+            map.pin(directory.join(name)).map_err(pin_error(name, directory))?;
+            Ok(map)
+        };
+        let tables = Tables {
+            flows4: take(maps::FLOWS4)?,
+            flows6: take(maps::FLOWS6)?,
+            lan4: take(maps::LAN4)?,
+            lan6: take(maps::LAN6)?,
+            mute4: take(maps::MUTE4)?,
+            mute6: take(maps::MUTE6)?,
+        };
+        // The sizes of keys and values are compared here, once for all sweeps.
+        HashMap::<_, Flow4Key, FlowState>::try_from(&tables.flows4)
+            .map_err(map_error("open", maps::FLOWS4))?;
+        HashMap::<_, Flow6Key, FlowState>::try_from(&tables.flows6)
+            .map_err(map_error("open", maps::FLOWS6))?;
+        let stats = PerCpuArray::try_from(take(maps::STATS)?).map_err(map_error("open", maps::STATS))?;
+        let config = Array::try_from(take(maps::CONFIG)?).map_err(map_error("open", maps::CONFIG))?;
+        let ring = RingBuf::try_from(take(maps::EVENTS)?).map_err(map_error("open", maps::EVENTS))?;
+        Ok(Self {
+            tcx: options.tc == TcKind::Best,
+            options,
+            attached: BTreeMap::new(),
+            ebpf,
+            tables,
+            stats,
+            config,
+            events: ring,
+            refused_records: 0,
+            generation: 0,
+        })
+    }
+
+    /// Watches an interface, both directions. An interface that is watched already stays as it is.
+    ///
+    /// Our TC programs come first in their chains: they let every packet go on, and a program behind them may not.
+    /// Interfaces are those of the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// [`KernelError::NoSuchInterface`], [`KernelError::UnsupportedLink`], [`KernelError::XdpBusy`],
+    /// [`KernelError::Attach`], [`KernelError::StaleFilters`], [`KernelError::Netlink`]. Nothing is attached then.
+    pub fn attach(&mut self, ifindex: u32) -> Result<Hook, KernelError> {
+        if let Some(attached) = self.attached.get(&ifindex) {
+            return Ok(attached.hook);
+        }
+        let attached = attach::attach(&mut self.ebpf, self.options.mode, &mut self.tcx, ifindex)?;
+        let hook = attached.hook;
+        self.attached.insert(ifindex, attached);
+        Ok(hook)
+    }
+
+    /// Stops watching an interface. False: it was not watched. An interface that has gone is fine.
+    ///
+    /// # Errors
+    /// [`KernelError::Netlink`] when an emptied clsact qdisc of ours could not be removed.
+    pub fn detach(&mut self, ifindex: u32) -> Result<bool, KernelError> {
+        match self.attached.remove(&ifindex) {
+            Some(attached) => attached.detach().map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// The watched interfaces by index, with their names when they were attached and their hooks.
+    pub fn attached(&self) -> impl Iterator<Item = (u32, &str, Hook)> {
+        self.attached.iter().map(|(ifindex, attached)| (*ifindex, attached.interface.as_str(), attached.hook))
+    }
+
+    /// Makes these the private and the muted prefixes. A private prefix wins over a muted one; a muted prefix that
+    /// is listed twice has the last label. Flows that are in the tables are classified again at their next packet.
+    ///
+    /// A prefix that is in the old and the new list is in force all the time.
+    ///
+    /// # Errors
+    /// [`KernelError::TooManyPrefixes`] before anything is changed; [`KernelError::Map`], after which a part of the
+    /// prefixes may be in force.
+    pub fn set_prefixes(
+        &mut self,
+        lan: &[IpNet],
+        muted: impl IntoIterator<Item = (IpNet, u16)>,
+    ) -> Result<PrefixChange, KernelError> {
+        let (lan4, lan6) = prefixes::by_family(lan.iter().map(|prefix| (*prefix, 0)));
+        let (mute4, mute6) = prefixes::by_family(muted.into_iter());
+        let sizes = self.options.sizes;
+        for (what, count, limit) in [
+            ("private", lan4.len().max(lan6.len()), sizes.lan_prefixes as usize),
+            ("muted", mute4.len().max(mute6.len()), sizes.muted_prefixes as usize),
+        ] {
+            if count > limit {
+                return Err(KernelError::TooManyPrefixes { what, count, limit });
+            }
+        }
+        let tables = &mut self.tables;
+        let mut change = prefixes::refill(&mut tables.lan4, maps::LAN4, &lan4)?;
+        change += prefixes::refill(&mut tables.lan6, maps::LAN6, &lan6)?;
+        change += prefixes::refill(&mut tables.mute4, maps::MUTE4, &mute4)?;
+        change += prefixes::refill(&mut tables.mute6, maps::MUTE6, &mute6)?;
+        // Last: a flow that is classified again under this generation finds all of it.
+        self.generation = self.generation.wrapping_add(1);
+        let config = Config { generation: self.generation, pad: 0 };
+        self.config.set(0, config, 0).map_err(map_error("write", maps::CONFIG))?;
+        Ok(change)
+    }
+
+    /// Appends a reading of every flow to `out`, in no order, and removes flows that were idle for
+    /// `retire_after_ns` at the boot time `now_boot_ns`; their last reading says so.
+    ///
+    /// # Errors
+    /// [`KernelError::Sweep`], [`KernelError::Map`]; what was read before stays in `out`.
+    pub fn sweep(
+        &mut self,
+        now_boot_ns: u64,
+        retire_after_ns: u64,
+        out: &mut Vec<FlowReading>,
+    ) -> Result<(), KernelError> {
+        let Tables { flows4, flows6, .. } = &mut self.tables;
+        flows::sweep_table::<Flow4Key>(flows4, maps::FLOWS4, now_boot_ns, retire_after_ns, out)?;
+        flows::sweep_table::<Flow6Key>(flows6, maps::FLOWS6, now_boot_ns, retire_after_ns, out)
+    }
+
+    /// What became of every frame since the programs were loaded, over all CPUs. The CPUs are read one after the
+    /// other while they count on, so a sum may be a frame apart from another one.
+    ///
+    /// # Errors
+    /// [`KernelError::Map`].
+    pub fn stats(&self) -> Result<Stats, KernelError> {
+        let cpus = self.stats.get(&0, 0).map_err(map_error("read", maps::STATS))?;
+        Ok(cpus.iter().fold(Stats::default(), |sum, cpu| add(sum, *cpu)))
+    }
+
+    /// A descriptor of the ring buffer that becomes readable when records arrive (for `AsyncFd`). Readiness is
+    /// told once per arrival: after it, call [`Self::next_opened`] until it returns `None`.
+    ///
+    /// # Errors
+    /// Too many open files.
+    pub fn ring_fd(&self) -> io::Result<OwnedFd> {
+        self.events.as_fd().try_clone_to_owned()
+    }
+
+    /// The next "flow opened" record, or `None` when all are read.
+    pub fn next_opened(&mut self) -> Option<FlowOpened> {
+        loop {
+            let item = self.events.next()?;
+            match flows::flow_opened(&item) {
+                Some(record) => return Some(record),
+                None => self.refused_records += 1,
+            }
+        }
+    }
+
+    /// Records of the ring buffer that had a wrong length. Above 0 only if agent and programs do not fit together.
+    pub fn refused_records(&self) -> u64 {
+        self.refused_records
+    }
+
+    /// Detaches everything, removes what attaching has added, and removes the pins and their directory.
+    ///
+    /// Dropping a `Kernel` detaches as well, but leaves the pins and an empty clsact qdisc behind, as a killed agent
+    /// does.
+    ///
+    /// # Errors
+    /// The first failure; the rest is tried nevertheless.
+    pub fn shutdown(self) -> Result<(), KernelError> {
+        let Self { attached, options, .. } = self;
+        let mut result = Ok(());
+        for (_, attached) in attached {
+            result = result.and(attached.detach());
+        }
+        result.and(remove_directory(&options.pin_dir))
+    }
+}
+
+fn remove_directory(directory: &Path) -> Result<(), KernelError> {
+    preflight::remove_pins(directory)?;
+    fs::remove_dir(directory).map_err(|source| KernelError::PinDirectory {
+        action: "remove",
+        path: directory.to_owned(),
+        source,
+    })
+}
+
+fn add(a: Stats, b: Stats) -> Stats {
+    Stats {
+        seen: a.seen + b.seen,
+        counted: a.counted + b.counted,
+        counted_bytes: a.counted_bytes + b.counted_bytes,
+        not_ip: a.not_ip + b.not_ip,
+        not_ip_bytes: a.not_ip_bytes + b.not_ip_bytes,
+        other_protocol: a.other_protocol + b.other_protocol,
+        other_protocol_bytes: a.other_protocol_bytes + b.other_protocol_bytes,
+        malformed: a.malformed + b.malformed,
+        malformed_bytes: a.malformed_bytes + b.malformed_bytes,
+        table_full: a.table_full + b.table_full,
+        table_full_bytes: a.table_full_bytes + b.table_full_bytes,
+        ring_full: a.ring_full + b.ring_full,
+    }
+}
+
+fn tc_program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, KernelError> {
+    match ebpf.program_mut(name) {
+        Some(Program::SchedClassifier(program)) => Ok(program),
+        _ => Err(KernelError::Missing { name }),
+    }
+}
+
+fn xdp_program(ebpf: &mut Ebpf) -> Result<&mut Xdp, KernelError> {
+    match ebpf.program_mut(programs::XDP_INGRESS) {
+        Some(Program::Xdp(program)) => Ok(program),
+        _ => Err(KernelError::Missing { name: programs::XDP_INGRESS }),
+    }
+}
+
+fn map_error(action: &'static str, name: &'static str) -> impl Fn(MapError) -> KernelError {
+    move |source| KernelError::Map { action, name, source: Box::new(source) }
+}
+
+fn pin_error(name: &'static str, directory: &Path) -> impl Fn(aya::pin::PinError) -> KernelError {
+    let directory = directory.to_owned();
+    move |source| KernelError::Pin { name, directory: directory.clone(), source }
+}

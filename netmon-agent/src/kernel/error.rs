@@ -1,0 +1,153 @@
+//! What can go wrong at the kernel's border, one variant per failed action, each with what to do.
+
+use std::{io, path::PathBuf};
+
+use aya::{EbpfError, maps::MapError, pin::PinError, programs::ProgramError};
+
+/// An action at the kernel's border that failed. The cause is in `source`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// Capabilities are missing.
+    #[error(
+        "missing privileges: {missing}. Run as root, or give the agent CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN \
+         (systemd: AmbientCapabilities=)"
+    )]
+    NotPermitted {
+        /// The missing capabilities.
+        missing: String,
+    },
+    /// The kernel lacks something that the programs need.
+    #[error("kernel {release} is too old: netmon needs Linux 5.10 or newer")]
+    KernelTooOld {
+        /// What `uname -r` says.
+        release: String,
+    },
+    /// `uname -r` does not start with a version.
+    #[error("cannot read a version in the kernel's release `{release}`; netmon needs Linux 5.10 or newer")]
+    UnknownRelease {
+        /// What `uname -r` says.
+        release: String,
+    },
+    /// There is no BPF file system where the pins should go, and we could not mount one.
+    #[error("no BPF file system at {path}. Run: mount -t bpf bpf {path}")]
+    NoBpffs {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why the agent did not mount it; `None` when it only mounts at /sys/fs/bpf.
+        source: Option<io::Error>,
+    },
+    /// The directory for the pins cannot be made, emptied or removed.
+    #[error("cannot {action} {path}")]
+    PinDirectory {
+        /// What was tried.
+        action: &'static str,
+        /// The directory or the pin in it.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A pin could not be made.
+    #[error("cannot pin {name} in {directory}")]
+    Pin {
+        /// Map or program.
+        name: &'static str,
+        /// Where.
+        directory: PathBuf,
+        /// Why not.
+        source: PinError,
+    },
+    /// The object could not be loaded (maps created, programs relocated).
+    #[error("cannot load the kernel programs; is the limit of locked memory too low, or BPF locked down?")]
+    Load(#[source] Box<EbpfError>),
+    /// The kernel refused a program.
+    #[error("the kernel refused the program {name}")]
+    LoadProgram {
+        /// Program.
+        name: &'static str,
+        /// The verifier's words.
+        source: Box<ProgramError>,
+    },
+    /// The object does not hold what `netmon_common::abi` names: agent and object are of different builds.
+    #[error("the embedded kernel object has no {name}: rebuild with `cargo xtask build-ebpf`")]
+    Missing {
+        /// Map or program.
+        name: &'static str,
+    },
+    /// A map could not be opened as what it should be, read or written.
+    #[error("cannot {action} the map {name}")]
+    Map {
+        /// What was tried.
+        action: &'static str,
+        /// Map.
+        name: &'static str,
+        /// Why not.
+        source: Box<MapError>,
+    },
+    /// A flow table could not be read.
+    #[error("cannot read the flow table {name}")]
+    Sweep {
+        /// Map.
+        name: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// More prefixes than a trie holds.
+    #[error("{count} {what} prefixes of one family, but at most {limit} fit")]
+    TooManyPrefixes {
+        /// `private` or `muted`.
+        what: &'static str,
+        /// How many were given.
+        count: usize,
+        /// How many fit.
+        limit: usize,
+    },
+    /// There is no such interface (any more).
+    #[error("no network interface with index {ifindex}")]
+    NoSuchInterface {
+        /// Kernel's index.
+        ifindex: u32,
+    },
+    /// The interface carries neither Ethernet nor bare IP.
+    #[error(
+        "interface {interface} carries frames of link type {link_type} (ARPHRD), which netmon does not read"
+    )]
+    UnsupportedLink {
+        /// Name.
+        interface: String,
+        /// `ARPHRD_` number.
+        link_type: u16,
+    },
+    /// Only one XDP program fits on an interface.
+    #[error("interface {interface} already has an XDP program; remove it or use the TC mode")]
+    XdpBusy {
+        /// Name.
+        interface: String,
+    },
+    /// A program could not be attached.
+    #[error("cannot attach {program} to interface {interface}")]
+    Attach {
+        /// Program.
+        program: &'static str,
+        /// Name.
+        interface: String,
+        /// Why not.
+        source: Box<ProgramError>,
+    },
+    /// The filters that a dead agent left could not be looked for or removed.
+    #[error("cannot remove the filters that an earlier agent left on interface {interface}")]
+    StaleFilters {
+        /// Name.
+        interface: String,
+        /// Why not.
+        source: Box<aya::programs::tc::TcError>,
+    },
+    /// The kernel did not answer a question about an interface.
+    #[error("netlink: cannot {action}")]
+    Netlink {
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
