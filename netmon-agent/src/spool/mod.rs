@@ -1,1 +1,28 @@
-//! See ARCHITECTURE.md.
+//! What the agent recorded and the server has not acknowledged, on disk.
+//!
+//! * [`format`]: the bytes of a segment, pure
+//! * [`Files`]: the directory, on disk ([`Disk`]) or, in tests, in memory with faults
+//! * [`Spool`]: numbering, writing, syncing, reading, giving way
+//! * [`SpoolHandle`]: the same, shared between the thread that records and the uplink
+//!
+//! The promises, and what they rest on:
+//!
+//! * **No number ever stands for two records.** A record's bytes stay in memory until they are synced and are
+//!   written again, the same bytes under the same number, when a write or an fsync fails. Only synced records
+//!   are handed to the uplink. When anything had to be cut off at the start, a new epoch begins.
+//! * **A failed fsync is not repeated** (the kernel may have dropped the pages and say "done" the next time):
+//!   the segment is left behind and what was not synced goes into a new one.
+//! * **Every loss is counted** and handed out as [`Gap`](netmon_common::model::Gap)s to be recorded.
+
+mod files;
+pub mod format;
+mod handle;
+mod log;
+mod recover;
+#[cfg(test)]
+mod tests;
+
+pub use files::{Disk, Files};
+pub use handle::SpoolHandle;
+pub use log::{Chunk, EpochRange, Limits, Spool, SpoolError, Stats, SyncTicket};
+pub use recover::{OpenError, Recovered};

@@ -1,0 +1,241 @@
+//! The spool's bytes on disk, version 1. Pure: no files, no clock.
+//!
+//! ```text
+//! segment file `<number, 10 digits>.seg`:
+//!   0  [u8; 8]  "nmspool\0"
+//!   8  u16      version
+//!  10  u16      0
+//!  12  u32      run of the agent that began the segment
+//!  16  u64      number of the segment: grows with each one, never repeats
+//!  24  u64      epoch
+//!  32  u64      first_seq
+//!  40  u32      CRC-32C of bytes 0..40
+//!  44  frames, one for each record, numbered first_seq, first_seq + 1, …:
+//!        u32    length of the record, 1 ..= MAX_RECORD
+//!        u32    CRC-32C of the record's number (u64) and its bytes
+//!        bytes  of `netmon_common::model::Record`
+//! ```
+//!
+//! All numbers are little-endian. The checksum covers the record's number, so that a frame in a wrong place is
+//! as bad as a damaged one; a length of 0 is never valid, so that zeros at a file's end (a power cut) are none.
+
+use netmon_common::model::MAX_RECORD;
+
+/// Version of the format that this agent writes.
+pub const VERSION: u16 = 1;
+/// Bytes in front of a segment's first frame.
+pub const HEADER: usize = 44;
+/// Bytes in front of each record.
+pub const FRAME: usize = 8;
+
+const MAGIC: [u8; 8] = *b"nmspool\0";
+
+/// What a segment says about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The agent's run that began it.
+    pub run: u32,
+    /// Its place among the segments.
+    pub number: u64,
+    /// The epoch of its records.
+    pub epoch: u64,
+    /// Number of its first record.
+    pub first_seq: u64,
+}
+
+/// Why bytes are not a segment's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// Written by a newer agent.
+    #[error("format version {0} is newer than {VERSION}")]
+    Newer(u16),
+    /// Too short, wrong magic, wrong checksum, numbers that cannot be.
+    #[error("the header is damaged")]
+    Damaged,
+}
+
+impl Header {
+    /// The header's bytes.
+    pub fn encode(&self) -> [u8; HEADER] {
+        let mut bytes = [0; HEADER];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.run.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.number.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.epoch.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.first_seq.to_le_bytes());
+        let crc = crc32c::crc32c(&bytes[..40]);
+        bytes[40..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a header from the beginning of a segment.
+    ///
+    /// # Errors
+    /// [`HeaderError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, HeaderError> {
+        let version = u16_at(bytes, 8).ok_or(HeaderError::Damaged)?;
+        if bytes[..8] != MAGIC {
+            return Err(HeaderError::Damaged);
+        }
+        if version > VERSION {
+            return Err(HeaderError::Newer(version));
+        }
+        if u32_at(bytes, 40).is_none_or(|crc| crc != crc32c::crc32c(&bytes[..40])) {
+            return Err(HeaderError::Damaged);
+        }
+        let header = (|| {
+            Some(Self {
+                run: u32_at(bytes, 12)?,
+                number: u64_at(bytes, 16)?,
+                epoch: u64_at(bytes, 24)?,
+                first_seq: u64_at(bytes, 32)?,
+            })
+        })();
+        header.filter(|header| header.first_seq > 0 && version == VERSION).ok_or(HeaderError::Damaged)
+    }
+}
+
+/// Appends a record's frame to `out`.
+pub fn push_frame(out: &mut Vec<u8>, seq: u64, record: &[u8]) {
+    out.extend_from_slice(&(record.len() as u32).to_le_bytes());
+    out.extend_from_slice(&checksum(seq, record).to_le_bytes());
+    out.extend_from_slice(record);
+}
+
+/// What stands at the beginning of some bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next<'a> {
+    /// A whole record; its frame has [`FRAME`] bytes more.
+    Record(&'a [u8]),
+    /// The beginning of a frame: more bytes are needed, or the rest was never written.
+    Cut,
+    /// No frame of this record.
+    Damaged,
+}
+
+/// Reads the frame of record `seq` from the beginning of `bytes`.
+pub fn next_frame(bytes: &[u8], seq: u64) -> Next<'_> {
+    let (Some(length), Some(crc)) = (u32_at(bytes, 0), u32_at(bytes, 4)) else { return Next::Cut };
+    let length = length as usize;
+    if !(1..=MAX_RECORD).contains(&length) {
+        return Next::Damaged;
+    }
+    match bytes.get(FRAME..FRAME + length) {
+        None => Next::Cut,
+        Some(record) if checksum(seq, record) == crc => Next::Record(record),
+        Some(_) => Next::Damaged,
+    }
+}
+
+/// The whole records at the beginning of `bytes`, numbered from `seq` on.
+pub fn frames(bytes: &[u8], seq: u64) -> Frames<'_> {
+    Frames { rest: bytes, seq }
+}
+
+/// Iterates over whole records; see [`frames`].
+#[derive(Clone, Debug)]
+pub struct Frames<'a> {
+    rest: &'a [u8],
+    seq: u64,
+}
+
+impl Frames<'_> {
+    /// Bytes behind the last record that was handed out.
+    pub fn rest(&self) -> usize {
+        self.rest.len()
+    }
+}
+
+impl<'a> Iterator for Frames<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        let Next::Record(record) = next_frame(self.rest, self.seq) else { return None };
+        self.rest = &self.rest[FRAME + record.len()..];
+        self.seq += 1;
+        Some(record)
+    }
+}
+
+fn checksum(seq: u64, record: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&seq.to_le_bytes()), record)
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes.get(at..)?.first_chunk().copied().map(u16::from_le_bytes)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk().copied().map(u32::from_le_bytes)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    bytes.get(at..)?.first_chunk().copied().map(u64::from_le_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER_1: Header = Header { run: 3, number: 17, epoch: 0x1122_3344_5566_7788, first_seq: 4001 };
+
+    #[test]
+    fn version_1_stays_readable() {
+        let mut bytes = HEADER_1.encode().to_vec();
+        push_frame(&mut bytes, 4001, b"one");
+        let hex = netmon_common::enroll::Hex(&bytes).to_string();
+        assert_eq!(
+            hex,
+            "6e6d73706f6f6c00010000000300000011000000000000008877665544332211a10f000000000000\
+             REPLACE"
+        );
+        assert_eq!(Header::decode(&bytes), Ok(HEADER_1));
+        assert_eq!(frames(&bytes[HEADER..], 4001).collect::<Vec<_>>(), [b"one"]);
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        let mut good = HEADER_1.encode().to_vec();
+        push_frame(&mut good, 4001, b"one");
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            let readable =
+                Header::decode(&bad) == Ok(HEADER_1) && frames(&bad[HEADER..], 4001).next().is_some();
+            assert!(!readable, "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn every_cut_is_noticed() {
+        let mut good = HEADER_1.encode().to_vec();
+        push_frame(&mut good, 4001, b"one");
+        for length in 0..HEADER {
+            assert_eq!(Header::decode(&good[..length]), Err(HeaderError::Damaged), "{length}");
+        }
+        for length in HEADER..good.len() {
+            assert_eq!(next_frame(&good[HEADER..length], 4001), Next::Cut, "{length}");
+        }
+    }
+
+    #[test]
+    fn a_record_in_another_records_place_is_damage() {
+        let mut bytes = Vec::new();
+        push_frame(&mut bytes, 5, b"five");
+        assert_eq!(next_frame(&bytes, 6), Next::Damaged);
+    }
+
+    #[test]
+    fn zeros_are_no_record() {
+        assert_eq!(next_frame(&[0; 64], 1), Next::Damaged);
+        assert_eq!(Header::decode(&[0; 64]), Err(HeaderError::Damaged));
+    }
+
+    #[test]
+    fn a_newer_version_is_told_from_damage() {
+        let mut bytes = HEADER_1.encode();
+        bytes[8] = 2;
+        assert_eq!(Header::decode(&bytes), Err(HeaderError::Newer(2)));
+    }
+}

@@ -1,0 +1,144 @@
+//! One spool, two users.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use netmon_common::model::{Event, Gap};
+use tokio::sync::watch;
+
+use super::log::{Chunk, EpochRange, Spool, SpoolError, Stats};
+
+/// The spool, shared between the thread that records and the uplink. Clones are the same spool.
+///
+/// How to use it: record with [`SpoolHandle::append`] from any thread (a write into the page cache, no fsync).
+/// One thread of its own calls [`SpoolHandle::sync`] every 100 ms or so, at once after an event that somebody
+/// waits for, or an async task awaits [`SpoolHandle::sync_in_background`]. The fsync holds no lock: recording
+/// and reading go on meanwhile. The uplink awaits [`SpoolHandle::changes`]. At the end: [`SpoolHandle::close`].
+#[derive(Clone)]
+pub struct SpoolHandle(Arc<Shared>);
+
+struct Shared {
+    spool: Mutex<Spool>,
+    /// Held from a ticket to its end.
+    syncing: Mutex<()>,
+    /// Counts the syncs that brought something.
+    synced: watch::Sender<u64>,
+}
+
+impl SpoolHandle {
+    /// Shares a spool.
+    pub fn new(spool: Spool) -> Self {
+        let synced = watch::Sender::new(0);
+        Self(Arc::new(Shared { spool: Mutex::new(spool), syncing: Mutex::new(()), synced }))
+    }
+
+    /// See [`Spool::append`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn append(&self, boot_ns: u64, wall_ns: i64, event: Event) -> Result<u64, SpoolError> {
+        self.spool().append(boot_ns, wall_ns, event)
+    }
+
+    /// See [`Spool::take_gaps`].
+    pub fn take_gaps(&self) -> Vec<Gap> {
+        self.spool().take_gaps()
+    }
+
+    /// Makes what was recorded so far outlast a power cut, and wakes the uplink. Blocks for an fsync; not for
+    /// async threads.
+    ///
+    /// # Errors
+    /// [`SpoolError::Write`], [`SpoolError::Sync`]: the records wait in memory; call again.
+    pub fn sync(&self) -> Result<(), SpoolError> {
+        let _one_at_a_time = self.0.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        // The guard must not live on into the fsync.
+        let ticket = self.spool().begin_sync()?;
+        let Some(ticket) = ticket else { return Ok(()) };
+        let result = ticket.run();
+        self.spool().finish_sync(ticket, result)?;
+        self.0.synced.send_modify(|count| *count += 1);
+        Ok(())
+    }
+
+    /// [`SpoolHandle::sync`] on a thread for blocking work.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn sync_in_background(&self) -> Result<(), SpoolError> {
+        self.in_background(Self::sync).await
+    }
+
+    /// Changes whenever there may be something new to send.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.synced.subscribe()
+    }
+
+    /// See [`Spool::epochs`].
+    pub fn epochs(&self) -> Vec<EpochRange> {
+        self.spool().epochs()
+    }
+
+    /// See [`Spool::read`]; on a thread for blocking work.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn read(
+        &self,
+        epoch: u64,
+        seq: u64,
+        max_records: usize,
+        max_bytes: usize,
+    ) -> Result<Option<Chunk>, SpoolError> {
+        self.in_background(move |handle| handle.spool().read(epoch, seq, max_records, max_bytes)).await
+    }
+
+    /// See [`Spool::acked`]; on a thread for blocking work (it may remove files).
+    pub async fn acked(&self, epoch: u64, seq: u64) {
+        self.in_background(move |handle| handle.spool().acked(epoch, seq)).await;
+    }
+
+    /// See [`Spool::begin_epoch`]; on a thread for blocking work.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn begin_epoch(&self) -> Result<(), SpoolError> {
+        self.in_background(|handle| {
+            let _one_at_a_time = handle.0.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+            handle.spool().begin_epoch()
+        })
+        .await
+    }
+
+    /// See [`Spool::close`]. Blocks.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn close(&self) -> Result<(), SpoolError> {
+        let _one_at_a_time = self.0.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = self.spool().close();
+        self.0.synced.send_modify(|count| *count += 1);
+        result
+    }
+
+    /// See [`Spool::stats`].
+    pub fn stats(&self) -> Stats {
+        self.spool().stats()
+    }
+
+    fn spool(&self) -> MutexGuard<'_, Spool> {
+        // A panic elsewhere must not end the recording: every method leaves the spool whole.
+        self.0.spool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn in_background<T: Send + 'static>(&self, work: impl FnOnce(&Self) -> T + Send + 'static) -> T {
+        let handle = self.clone();
+        match tokio::task::spawn_blocking(move || work(&handle)).await {
+            Ok(result) => result,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // Only a runtime that is being shut down cancels; this task ends with it.
+                Err(_) => std::future::pending().await,
+            },
+        }
+    }
+}

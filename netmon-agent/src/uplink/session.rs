@@ -1,0 +1,311 @@
+//! What to say to the server next. Pure: told what the spool has and what the server said.
+
+use std::collections::VecDeque;
+
+use netmon_common::raw::Raw;
+use netmon_common::wire::{ToAgent, VERSION};
+
+use crate::spool::EpochRange;
+
+/// Batches that may be on their way without an ack: enough to keep a link busy while the server commits (some
+/// 20 ms), little enough that a broken connection repeats little.
+pub const WINDOW: usize = 4;
+
+/// Calls of [`ToAgent::Resume`] without an ack in between, after which the connection is given up: the two
+/// sides will not agree.
+const MAX_RESUMES: u32 = 32;
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Say hello for this epoch.
+    Hello {
+        /// The epoch.
+        epoch: u64,
+        /// Its oldest record.
+        oldest_seq: u64,
+    },
+    /// Send records of the epoch from this one on, then tell [`Session::sent`] or [`Session::skipped`].
+    Send {
+        /// The epoch.
+        epoch: u64,
+        /// The first record.
+        seq: u64,
+    },
+    /// Wait for the server, or for new records.
+    Wait,
+}
+
+/// What a message of the server means for the spool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing.
+    None,
+    /// The server has everything up to and including this record.
+    Acked {
+        /// The epoch.
+        epoch: u64,
+        /// The record.
+        seq: u64,
+    },
+    /// The server knows records of the current epoch that this spool never wrote: begin another epoch.
+    BeginEpoch,
+    /// The server will not talk to this agent.
+    Refused(Raw),
+}
+
+/// The server broke the protocol; the connection is of no use any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    /// It speaks another version.
+    #[error("the server speaks version {0} of the protocol, this agent {VERSION}; update the older one")]
+    Version(u16),
+    /// A welcome to no hello.
+    #[error("the server welcomes without having been greeted")]
+    Welcome,
+    /// An ack for what was not sent.
+    #[error("the server acknowledges record {0}, which was not sent")]
+    Ack(u64),
+    /// It wants to go on behind what the spool has.
+    #[error("the server wants record {0}, which does not exist yet")]
+    Resume(u64),
+    /// It asks to resume again and again.
+    #[error("the server asks to resume again and again")]
+    Resumes,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    New,
+    Greeted,
+    Streaming,
+}
+
+/// One connection's conversation.
+#[derive(Debug)]
+pub struct Session {
+    state: State,
+    epoch: u64,
+    /// The record to be sent next.
+    next: u64,
+    /// Behind the newest record that was ever sent in this epoch on this connection.
+    sent: u64,
+    /// The last record of each batch on its way.
+    in_flight: VecDeque<u64>,
+    resumes: u32,
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self { state: State::New, epoch: 0, next: 1, sent: 0, in_flight: VecDeque::new(), resumes: 0 }
+    }
+}
+
+impl Session {
+    /// What to do now. `epochs`: [`crate::spool::Spool::epochs`].
+    pub fn step(&mut self, epochs: &[EpochRange]) -> Step {
+        let Some(first) = epochs.first() else { return Step::Wait };
+        match self.state {
+            State::Greeted => Step::Wait,
+            State::New => self.greet(first.epoch, first.oldest),
+            // The epoch before is with the server.
+            State::Streaming if first.epoch != self.epoch => self.greet(first.epoch, first.oldest),
+            State::Streaming if self.in_flight.len() < WINDOW && self.next < first.next => {
+                Step::Send { epoch: self.epoch, seq: self.next }
+            }
+            State::Streaming => Step::Wait,
+        }
+    }
+
+    /// A batch up to this record is on its way.
+    pub fn sent(&mut self, last_seq: u64) {
+        self.in_flight.push_back(last_seq);
+        self.next = last_seq + 1;
+        self.sent = self.sent.max(self.next);
+    }
+
+    /// The spool does not have the records in front of this one any more: the server is told.
+    pub fn skipped(&mut self, oldest_seq: u64) -> Step {
+        self.greet(self.epoch, oldest_seq)
+    }
+
+    /// Is the server's turn to say something?
+    pub fn expects_answer(&self) -> bool {
+        self.state == State::Greeted || !self.in_flight.is_empty()
+    }
+
+    /// Takes what the server says.
+    ///
+    /// # Errors
+    /// [`Violation`].
+    pub fn receive(&mut self, message: ToAgent, epochs: &[EpochRange]) -> Result<Effect, Violation> {
+        let range = epochs.iter().find(|range| range.epoch == self.epoch);
+        let end = range.map_or(self.next, |range| range.next);
+        let is_current = epochs.last().is_some_and(|last| last.epoch == self.epoch);
+        match message {
+            ToAgent::Welcome { version, .. } if version != VERSION => Err(Violation::Version(version)),
+            ToAgent::Welcome { .. } if self.state != State::Greeted => Err(Violation::Welcome),
+            ToAgent::Welcome { next_seq, .. } if next_seq > end && is_current => {
+                *self = Self::default();
+                Ok(Effect::BeginEpoch)
+            }
+            ToAgent::Welcome { next_seq, .. } => {
+                // Of an older epoch the spool may have lost the end that the server still got.
+                let next_seq = next_seq.min(end);
+                self.state = State::Streaming;
+                self.in_flight.clear();
+                self.next = self.next.max(next_seq);
+                self.sent = self.sent.max(self.next);
+                Ok(match next_seq {
+                    0 | 1 => Effect::None,
+                    _ => Effect::Acked { epoch: self.epoch, seq: next_seq - 1 },
+                })
+            }
+            // The end of an epoch that was left behind.
+            ToAgent::Ack { epoch, .. } if epoch != self.epoch => Ok(Effect::None),
+            ToAgent::Ack { seq, .. } if seq >= self.sent => Err(Violation::Ack(seq)),
+            ToAgent::Ack { epoch, seq } => {
+                self.resumes = 0;
+                while self.in_flight.pop_front_if(|last| *last <= seq).is_some() {}
+                Ok(Effect::Acked { epoch, seq })
+            }
+            // It was said before the hello that is on its way; the welcome will tell.
+            ToAgent::Resume { .. } if self.state != State::Streaming => Ok(Effect::None),
+            ToAgent::Resume { next_seq } if next_seq > end => Err(Violation::Resume(next_seq)),
+            ToAgent::Resume { next_seq } => {
+                self.resumes += 1;
+                if self.resumes > MAX_RESUMES {
+                    return Err(Violation::Resumes);
+                }
+                self.in_flight.clear();
+                self.next = next_seq.max(1);
+                self.sent = self.sent.max(self.next);
+                Ok(Effect::None)
+            }
+            ToAgent::Refused { reason } => Ok(Effect::Refused(reason)),
+        }
+    }
+
+    fn greet(&mut self, epoch: u64, oldest_seq: u64) -> Step {
+        if epoch != self.epoch {
+            self.sent = 0;
+            self.in_flight.clear();
+        }
+        self.state = State::Greeted;
+        self.epoch = epoch;
+        self.next = oldest_seq;
+        Step::Hello { epoch, oldest_seq }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(epoch: u64, oldest: u64, next: u64) -> EpochRange {
+        EpochRange { epoch, oldest, next }
+    }
+
+    fn welcome(next_seq: u64) -> ToAgent {
+        ToAgent::Welcome { version: VERSION, next_seq }
+    }
+
+    fn streaming(epochs: &[EpochRange], next_seq: u64) -> Session {
+        let mut session = Session::default();
+        assert!(matches!(session.step(epochs), Step::Hello { .. }));
+        session.receive(welcome(next_seq), epochs).unwrap();
+        session
+    }
+
+    #[test]
+    fn it_greets_waits_and_sends_from_where_the_server_is() {
+        let epochs = [range(7, 1, 11)];
+        let mut session = Session::default();
+        assert_eq!(session.step(&epochs), Step::Hello { epoch: 7, oldest_seq: 1 });
+        assert_eq!(session.step(&epochs), Step::Wait);
+        assert_eq!(session.receive(welcome(5), &epochs), Ok(Effect::Acked { epoch: 7, seq: 4 }));
+        assert_eq!(session.step(&epochs), Step::Send { epoch: 7, seq: 5 });
+        session.sent(10);
+        assert_eq!(session.step(&epochs), Step::Wait);
+        assert_eq!(
+            session.receive(ToAgent::Ack { epoch: 7, seq: 10 }, &epochs),
+            Ok(Effect::Acked { epoch: 7, seq: 10 })
+        );
+        assert!(!session.expects_answer());
+    }
+
+    #[test]
+    fn it_sends_no_more_than_the_window_ahead_of_the_acks() {
+        let epochs = [range(7, 1, 1000)];
+        let mut session = streaming(&epochs, 1);
+        for n in 1..=WINDOW as u64 {
+            assert_eq!(session.step(&epochs), Step::Send { epoch: 7, seq: n });
+            session.sent(n);
+        }
+        assert_eq!(session.step(&epochs), Step::Wait);
+        session.receive(ToAgent::Ack { epoch: 7, seq: 1 }, &epochs).unwrap();
+        assert_eq!(session.step(&epochs), Step::Send { epoch: 7, seq: WINDOW as u64 + 1 });
+    }
+
+    #[test]
+    fn an_older_epoch_is_drained_before_the_next_one_is_greeted() {
+        let both = [range(3, 1, 5), range(7, 1, 2)];
+        let mut session = streaming(&both, 1);
+        assert_eq!(session.step(&both), Step::Send { epoch: 3, seq: 1 });
+        session.sent(4);
+        assert_eq!(session.step(&both), Step::Wait);
+        session.receive(ToAgent::Ack { epoch: 3, seq: 4 }, &both).unwrap();
+        assert_eq!(session.step(&both[1..]), Step::Hello { epoch: 7, oldest_seq: 1 });
+        session.receive(welcome(1), &both[1..]).unwrap();
+        assert_eq!(session.step(&both[1..]), Step::Send { epoch: 7, seq: 1 });
+    }
+
+    #[test]
+    fn a_server_that_knows_more_of_the_current_epoch_makes_a_new_one() {
+        let epochs = [range(7, 1, 11)];
+        let mut session = Session::default();
+        session.step(&epochs);
+        assert_eq!(session.receive(welcome(12), &epochs), Ok(Effect::BeginEpoch));
+        let renewed = [range(8, 1, 11)];
+        assert_eq!(session.step(&renewed), Step::Hello { epoch: 8, oldest_seq: 1 });
+    }
+
+    #[test]
+    fn a_server_that_knows_more_of_an_older_epoch_has_it_all() {
+        let both = [range(3, 1, 5), range(7, 1, 2)];
+        let mut session = Session::default();
+        session.step(&both);
+        assert_eq!(session.receive(welcome(9), &both), Ok(Effect::Acked { epoch: 3, seq: 4 }));
+    }
+
+    #[test]
+    fn a_resume_goes_back_and_a_hole_is_announced() {
+        let epochs = [range(7, 1, 100)];
+        let mut session = streaming(&epochs, 1);
+        session.sent(50);
+        assert_eq!(session.receive(ToAgent::Resume { next_seq: 20 }, &epochs), Ok(Effect::None));
+        assert_eq!(session.step(&epochs), Step::Send { epoch: 7, seq: 20 });
+        assert_eq!(session.skipped(30), Step::Hello { epoch: 7, oldest_seq: 30 });
+        assert_eq!(session.receive(ToAgent::Resume { next_seq: 20 }, &epochs), Ok(Effect::None));
+        session.receive(welcome(30), &epochs).unwrap();
+        assert_eq!(session.step(&epochs), Step::Send { epoch: 7, seq: 30 });
+    }
+
+    #[test]
+    fn a_server_that_breaks_the_protocol_is_left() {
+        let epochs = [range(7, 1, 100)];
+        let mut session = streaming(&epochs, 1);
+        session.sent(50);
+        assert_eq!(session.receive(ToAgent::Ack { epoch: 7, seq: 51 }, &epochs), Err(Violation::Ack(51)));
+        assert_eq!(session.receive(welcome(1), &epochs), Err(Violation::Welcome));
+        assert_eq!(session.receive(ToAgent::Resume { next_seq: 101 }, &epochs), Err(Violation::Resume(101)));
+        for _ in 0..MAX_RESUMES {
+            session.receive(ToAgent::Resume { next_seq: 2 }, &epochs).unwrap();
+        }
+        assert_eq!(session.receive(ToAgent::Resume { next_seq: 2 }, &epochs), Err(Violation::Resumes));
+        let mut greeted = Session::default();
+        greeted.step(&epochs);
+        let other = ToAgent::Welcome { version: 2, next_seq: 1 };
+        assert_eq!(greeted.receive(other, &epochs), Err(Violation::Version(2)));
+    }
+}
