@@ -117,7 +117,8 @@ pub fn event_endpoint(
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = RootCertStore::empty();
     roots.add(ca.clone()).map_err(tls)?;
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone()).build().map_err(tls)?;
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone()).build().map_err(tls)?;
     let config = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])
         .map_err(tls)?

@@ -38,10 +38,13 @@ pub struct Writer {
 /// Called after the commit; dropped without being called when there was none.
 type Answer = Box<dyn FnOnce()>;
 
+/// A step inside the group's transaction.
+type Work = Box<dyn FnOnce(&mut Transaction<'_>) -> rusqlite::Result<Answer> + Send>;
+
 struct Job {
     /// Whose history it may lengthen.
     agent: Option<AgentId>,
-    work: Box<dyn FnOnce(&mut Transaction<'_>) -> rusqlite::Result<Answer> + Send>,
+    work: Work,
 }
 
 impl Writer {
