@@ -26,6 +26,8 @@ use crate::{ca, clock};
 
 /// Connections at once: forty rooms of a hundred PCs.
 const MAX_CONNECTIONS: usize = 4096;
+/// Hellos on one connection: one for each spool that an agent ever had, and no more holes than that.
+const MAX_HELLOS: u32 = 256;
 /// From the end of the handshake to the first hello.
 const HELLO_TIME: Duration = Duration::from_secs(5);
 /// For a last frame to reach the agent before the connection is closed.
@@ -150,7 +152,7 @@ impl Collector {
         let number = self.connections.fetch_add(1, Ordering::Relaxed);
         self.register(&agent, number, &connection);
         let mut conversation =
-            Conversation { collector: &self, agent: &agent, number, epoch: None, address, stop };
+            Conversation { collector: &self, agent: &agent, number, epoch: None, hellos: 0, address, stop };
         let mut stream = None;
         let end = match conversation.run(&connection, &mut stream).await {
             Ok(never) => match never {},
@@ -292,6 +294,7 @@ struct Conversation<'a> {
     number: u64,
     /// Of the last hello.
     epoch: Option<u64>,
+    hellos: u32,
     address: std::net::SocketAddr,
     stop: watch::Receiver<bool>,
 }
@@ -336,6 +339,10 @@ impl Conversation<'_> {
                 "the agent speaks version {} of the protocol, this server {VERSION}; install the same netmon on both",
                 hello.version
             )));
+        }
+        self.hellos += 1;
+        if self.hellos > MAX_HELLOS {
+            return Err(End::Fault(format!("more than {MAX_HELLOS} hellos on one connection")));
         }
         let (id, number, now) = (self.agent.id, self.number, clock::wall_ns());
         let Hello { epoch, oldest_seq, hostname, agent_version, .. } = hello;

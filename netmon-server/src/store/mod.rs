@@ -6,6 +6,7 @@
 mod agents;
 mod events;
 
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -39,6 +40,14 @@ pub enum StoreError {
         /// Cause.
         source: rusqlite::Error,
     },
+    /// The file cannot be made.
+    #[error("cannot make the store {path}")]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
     /// The file belongs to something else.
     #[error("{0} is not a netmon store")]
     NotAStore(PathBuf),
@@ -66,8 +75,16 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn create(path: &Path) -> Result<Self, StoreError> {
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
-        let mut conn = connect(path, flags)?;
+        // SQLite takes over an empty file, and gives the files beside it the same mode: nobody else reads them.
+        let mut options = std::fs::OpenOptions::new();
+        options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(|source| StoreError::Create { path: path.into(), source })?;
+        let mut conn = connect(path)?;
         let open_error = |source| open_error(path, source);
         let version: i32 = conn.pragma_query_value(None, "user_version", |r| r.get(0)).map_err(open_error)?;
         if version == 0 {
@@ -85,7 +102,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        Self::checked(connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?, path)
+        Self::checked(connect(path)?, path)
     }
 
     fn checked(conn: Connection, path: &Path) -> Result<Self, StoreError> {
@@ -128,9 +145,10 @@ impl Store {
     }
 }
 
-fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, StoreError> {
+fn connect(path: &Path) -> Result<Connection, StoreError> {
     let connect = || {
-        let conn = Connection::open_with_flags(path, flags | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let conn = Connection::open_with_flags(path, flags)?;
         conn.busy_timeout(BUSY)?;
         conn.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         conn.pragma_update(None, "synchronous", "FULL")?;

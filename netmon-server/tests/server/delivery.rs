@@ -273,3 +273,44 @@ async fn follow_shows_events_as_they_arrive() {
     follower.kill().unwrap();
     follower.wait().unwrap();
 }
+
+#[tokio::test]
+async fn a_server_on_every_address_is_reached_by_ipv4_too() {
+    let data = tempfile::tempdir().unwrap();
+    success(data.path(), &["init"]);
+    let mut server = Server::start_on(data.path(), "[::]:0");
+    for address in [&mut server.events, &mut server.enrolment] {
+        address.set_ip([127, 0, 0, 1].into());
+    }
+    let agent = Agent::enrol(&token(data.path(), &server, &[]), "pc").await.unwrap();
+    let (mut session, _) = agent.deliver(&server, EPOCH).await;
+    assert_eq!(session.batch(EPOCH, 1..=1).await, ack(1));
+    // Callers are shown by their IPv4 addresses.
+    server.says("address=127.0.0.1:");
+}
+
+#[tokio::test]
+async fn nobody_is_connected_to_a_server_that_was_killed() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=1).await.unwrap();
+    assert!(success(room.path(), &["agents"]).contains("connected since"));
+    room.server.take().unwrap().kill();
+    let agents = success(room.path(), &["agents"]);
+    assert!(agents.contains("last seen") && !agents.contains("connected since"), "{agents}");
+}
+
+#[tokio::test]
+async fn a_spool_that_was_set_back_is_refused_rather_than_lost_in_silence() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=3).await.unwrap();
+    let mut other = record(3);
+    other.run = 2;
+    session.send_records(EPOCH, &[other]).await.unwrap();
+    let reason = session.closed().await;
+    assert!(reason.contains("set back"), "{reason}");
+    assert_eq!(room.numbers("pc"), [1, 2, 3]);
+}

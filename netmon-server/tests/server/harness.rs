@@ -65,7 +65,11 @@ pub struct Server {
 
 impl Server {
     pub fn start(data: &Path) -> Self {
-        let arguments = ["run", "--listen", "127.0.0.1:0", "--enroll-listen", "127.0.0.1:0"];
+        Self::start_on(data, "127.0.0.1:0")
+    }
+
+    pub fn start_on(data: &Path, listen: &str) -> Self {
+        let arguments = ["run", "--listen", listen, "--enroll-listen", listen];
         let mut child = command(data, &arguments).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = mpsc::channel();
@@ -318,12 +322,15 @@ impl Session {
         epoch: u64,
         seqs: std::ops::RangeInclusive<u64>,
     ) -> Result<(), String> {
-        let first = *seqs.start();
+        self.send_records(epoch, &seqs.map(record).collect::<Vec<_>>()).await
+    }
+
+    pub async fn send_records(&mut self, epoch: u64, records: &[Record]) -> Result<(), String> {
         let mut batch = BatchBuilder::default();
-        for seq in seqs {
-            assert!(batch.push(&record(seq).to_bytes().unwrap()));
+        for record in records {
+            assert!(batch.push(&record.to_bytes().unwrap()));
         }
-        send(&mut self.send, &ToServer::Batch(batch.finish(epoch, first).unwrap())).await
+        send(&mut self.send, &ToServer::Batch(batch.finish(epoch, records[0].seq).unwrap())).await
     }
 
     /// Sends bytes as they are.
@@ -351,7 +358,8 @@ pub fn record(seq: u64) -> Record {
         seq,
         run: 1,
         boot_ns: seq,
-        wall_ns: 1_795_437_725_000_000_000,
+        // Long ago: the server finds every one late.
+        wall_ns: 1_600_000_000_000_000_000,
         event: Event::InterfaceDetached(interface),
     }
 }
