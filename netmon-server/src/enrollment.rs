@@ -1,0 +1,139 @@
+//! The enrolment listener: one request, one reply, and a PC is an agent.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::tz::TimeZone;
+use netmon_common::enroll::{Granted, Reply, Request};
+use netmon_common::raw::{Escaped, Raw};
+use quinn::{Connection, Endpoint, Incoming};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::ca::{AgentKey, Ca, uuid_from};
+use crate::clock;
+use crate::collector::{admit, stopping};
+use crate::frames::{self, FrameError};
+use crate::store::{self, Enrolled, Newcomer};
+use crate::tls::shown;
+use crate::writer::Writer;
+
+/// Longest request, in bytes: a signing request, two names, and room.
+pub const MAX_REQUEST: usize = 8 * 1024;
+/// PCs that enrol at once; others try again.
+const MAX_CONNECTIONS: usize = 64;
+/// From the first packet to the end.
+const TOTAL_TIME: Duration = Duration::from_secs(15);
+
+/// What enrolment needs.
+pub struct Enrollment {
+    /// Signs.
+    pub ca: Ca,
+    /// Stores.
+    pub writer: Writer,
+    /// Where the agents are to deliver.
+    pub event_port: u16,
+    /// For times in messages.
+    pub zone: TimeZone,
+}
+
+impl Enrollment {
+    /// Enrols PCs until `stop` becomes true.
+    pub async fn run(self: Arc<Self>, endpoint: Endpoint, mut stop: watch::Receiver<bool>) {
+        let mut tasks = JoinSet::new();
+        loop {
+            let incoming = tokio::select! {
+                () = stopping(&mut stop) => break,
+                Some(_) = tasks.join_next() => continue,
+                incoming = endpoint.accept() => incoming,
+            };
+            let Some(incoming) = incoming else { break };
+            if let Some(incoming) = admit(incoming, tasks.len() < MAX_CONNECTIONS) {
+                let this = self.clone();
+                tasks.spawn(async move {
+                    let address = shown(incoming.remote_address());
+                    match timeout(TOTAL_TIME, this.serve(incoming)).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => tracing::info!(%address, reason = %error, "enrolment failed"),
+                        Err(_) => tracing::info!(%address, "enrolment took too long"),
+                    }
+                });
+            }
+        }
+        // Nobody is left half enrolled: what was committed is enrolled, the rest tries again.
+        tasks.shutdown().await;
+    }
+
+    async fn serve(&self, incoming: Incoming) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let address = shown(incoming.remote_address());
+        let connection: Connection = incoming.accept()?.await?;
+        let (mut send, mut recv) = connection.accept_bi().await?;
+        let request = match frames::read::<Request>(&mut recv, MAX_REQUEST).await {
+            Ok(Some(request)) => request,
+            Ok(None) => return Ok(()),
+            Err(error @ (FrameError::Wire(_) | FrameError::Slow)) => {
+                connection.close(2_u8.into(), error.to_string().as_bytes());
+                return Err(error.into());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let hostname = request.hostname.clone();
+        let reply = self.decide(request).await;
+        match &reply {
+            Reply::Granted(granted) => tracing::info!(
+                %address, seat = %granted.seat.escaped(), hostname = %hostname.escaped(), "agent enrolled"
+            ),
+            Reply::Refused { reason } => tracing::warn!(
+                %address, reason = %Escaped(reason.as_bytes()), hostname = %hostname.escaped(), "enrolment refused"
+            ),
+        }
+        frames::write(&mut send, &reply).await?;
+        send.finish()?;
+        // Returns when the PC has it all, or is gone.
+        let _ = send.stopped().await;
+        connection.close(0_u8.into(), b"done");
+        Ok(())
+    }
+
+    async fn decide(&self, request: Request) -> Reply {
+        match self.enrol(request).await {
+            Ok(granted) => Reply::Granted(granted),
+            Err(reason) => Reply::Refused { reason: Raw::new(reason) },
+        }
+    }
+
+    async fn enrol(&self, request: Request) -> Result<Granted, String> {
+        let key = AgentKey::from_request(&request.csr_der).map_err(|error| error.to_string())?;
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).map_err(|_| "the server has no random numbers".to_owned())?;
+        let agent = uuid_from(random);
+        let now_ns = clock::wall_ns();
+        let now = Duration::from_nanos(u64::try_from(now_ns).unwrap_or_default());
+        // Signed before the token is used up: a failure here costs the token nothing.
+        let certificate_der = self.ca.issue_agent(&key, &agent, now).map_err(|error| {
+            tracing::error!(%error, "cannot sign");
+            "the server cannot sign certificates; its own log says why".to_owned()
+        })?;
+        let newcomer = Newcomer {
+            token_id: request.token_id,
+            secret: request.secret,
+            uuid: agent,
+            spki_sha256: key.spki_sha256(),
+            hostname: request.hostname.as_bytes().to_vec(),
+            wanted_seat: request.seat.as_bytes().to_vec(),
+        };
+        let zone = self.zone.clone();
+        let work = move |conn: &rusqlite::Connection| store::enrol(conn, &newcomer, now_ns, &zone);
+        match self.writer.run(None, work).await.map_err(|error| error.to_string())? {
+            Enrolled::Refused(reason) => Err(reason),
+            Enrolled::As { seat } => Ok(Granted {
+                agent,
+                certificate_der,
+                ca_der: self.ca.der().to_vec(),
+                event_port: self.event_port,
+                seat: Raw::new(seat),
+            }),
+        }
+    }
+}

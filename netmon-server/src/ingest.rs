@@ -1,0 +1,196 @@
+//! What becomes of what an agent says: order, duplicates, gaps. No I/O, no clock.
+//!
+//! The server expects one record next in every epoch of every agent, and only ever goes forward. An agent's
+//! history is therefore a run of records without holes, or a hole that was named when it was found.
+
+use netmon_common::model::{Event, Record, RecordError};
+
+/// Numbers are kept as signed 64-bit integers in the store.
+const MAX_SEQ: u64 = i64::MAX as u64;
+
+/// Where an epoch stands that the server has never heard of: records are numbered from 1.
+pub const FIRST_SEQ: u64 = 1;
+
+/// What a hello leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opening {
+    /// The record that is expected next from now on.
+    pub next_seq: u64,
+    /// Records that can never come: first and last.
+    pub gap: Option<(u64, u64)>,
+}
+
+/// What a batch leads to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Store it without its first `skip` records, which are there already.
+    Accept {
+        /// Number of duplicates at the front; all of them, where nothing is new.
+        skip: usize,
+        /// The record that is expected next, then.
+        next_seq: u64,
+    },
+    /// It starts behind the expected record: ask for that one.
+    Resume {
+        /// The expected record.
+        next_seq: u64,
+    },
+}
+
+/// Why an agent's message cannot be: its connection is closed, nothing of the message is stored.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// A number that no agent reaches.
+    #[error("record number {0} is out of range")]
+    Number(u64),
+    /// A record's bytes are not a record.
+    #[error("record {seq} of the batch is broken")]
+    Record {
+        /// Its number by its place.
+        seq: u64,
+        /// What is wrong with it.
+        source: RecordError,
+    },
+    /// A record says that it is another one.
+    #[error("a record says it is number {says} at the place of number {at}")]
+    Order {
+        /// Its number by its place.
+        at: u64,
+        /// Its number by its content.
+        says: u64,
+    },
+}
+
+/// One record that was looked at: what the store needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checked {
+    /// Number within the epoch.
+    pub seq: u64,
+    /// When it was recorded, the PC's wall clock.
+    pub wall_ns: i64,
+    /// The backlog that it reports, if it is a heartbeat.
+    pub backlog: Option<u64>,
+    /// The bytes as they came.
+    pub bytes: Vec<u8>,
+}
+
+/// An agent says that `oldest` is the oldest record that it still has; `expected` is what the server waits for.
+///
+/// # Errors
+/// [`Fault::Number`].
+pub fn open(expected: u64, oldest: u64) -> Result<Opening, Fault> {
+    if !(FIRST_SEQ..=MAX_SEQ).contains(&oldest) {
+        return Err(Fault::Number(oldest));
+    }
+    if oldest > expected {
+        return Ok(Opening { next_seq: oldest, gap: Some((expected, oldest - 1)) });
+    }
+    Ok(Opening { next_seq: expected, gap: None })
+}
+
+/// Where a batch of `count` records from `first_seq` on belongs, when `expected` is expected.
+///
+/// `first_seq + count` must not overflow ([`check`] has seen to that).
+pub fn place(expected: u64, first_seq: u64, count: usize) -> Place {
+    if first_seq > expected {
+        return Place::Resume { next_seq: expected };
+    }
+    let end = first_seq + count as u64;
+    let skip = usize::try_from(expected - first_seq).map_or(count, |known| known.min(count));
+    Place::Accept { skip, next_seq: expected.max(end) }
+}
+
+/// Decodes every record of a batch and compares its number with its place.
+///
+/// # Errors
+/// [`Fault`]; the batch is refused as a whole.
+pub fn check(first_seq: u64, records: Vec<Vec<u8>>) -> Result<Vec<Checked>, Fault> {
+    let end = first_seq.saturating_add(records.len() as u64);
+    if first_seq < FIRST_SEQ || end > MAX_SEQ {
+        return Err(Fault::Number(end));
+    }
+    let checked = (first_seq..end).zip(records).map(|(seq, bytes)| {
+        let record = Record::from_bytes(&bytes).map_err(|source| Fault::Record { seq, source })?;
+        if record.seq != seq {
+            return Err(Fault::Order { at: seq, says: record.seq });
+        }
+        let backlog = match &record.event {
+            Event::Coverage(coverage) => Some(coverage.backlog),
+            _ => None,
+        };
+        Ok(Checked { seq, wall_ns: record.wall_ns, backlog, bytes })
+    });
+    checked.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use netmon_common::model::Coverage;
+
+    use super::*;
+
+    fn record(seq: u64, event: Event) -> Vec<u8> {
+        Record { seq, run: 1, boot_ns: 0, wall_ns: seq as i64, event }.to_bytes().unwrap()
+    }
+
+    #[test]
+    fn an_agent_that_has_everything_goes_on_where_the_server_is() {
+        assert_eq!(open(FIRST_SEQ, 1).unwrap(), Opening { next_seq: 1, gap: None });
+        assert_eq!(open(100, 40).unwrap(), Opening { next_seq: 100, gap: None });
+        assert_eq!(open(100, 100).unwrap(), Opening { next_seq: 100, gap: None });
+    }
+
+    #[test]
+    fn what_an_agent_no_longer_has_is_a_gap_from_the_expected_record_on() {
+        assert_eq!(open(100, 101).unwrap(), Opening { next_seq: 101, gap: Some((100, 100)) });
+        assert_eq!(open(1, 500).unwrap(), Opening { next_seq: 500, gap: Some((1, 499)) });
+    }
+
+    #[test]
+    fn impossible_numbers_are_a_fault() {
+        assert_eq!(open(1, 0), Err(Fault::Number(0)));
+        assert_eq!(open(1, u64::MAX), Err(Fault::Number(u64::MAX)));
+        assert!(matches!(check(0, vec![record(0, Event::AgentStopped)]), Err(Fault::Number(_))));
+        assert!(matches!(check(MAX_SEQ, vec![vec![]]), Err(Fault::Number(_))));
+        assert!(matches!(check(u64::MAX, vec![vec![]]), Err(Fault::Number(_))));
+    }
+
+    #[test]
+    fn a_batch_goes_to_its_place_whatever_came_before() {
+        assert_eq!(place(10, 10, 3), Place::Accept { skip: 0, next_seq: 13 });
+        assert_eq!(place(10, 8, 3), Place::Accept { skip: 2, next_seq: 11 });
+        assert_eq!(place(10, 7, 3), Place::Accept { skip: 3, next_seq: 10 });
+        assert_eq!(place(10, 1, 3), Place::Accept { skip: 3, next_seq: 10 });
+        assert_eq!(place(10, 11, 3), Place::Resume { next_seq: 10 });
+    }
+
+    #[test]
+    fn any_order_of_overlapping_batches_gives_every_record_once() {
+        // Batches of an agent that resends from anywhere below the watermark, and sometimes from above it.
+        let batches = [(1, 4), (3, 4), (9, 2), (7, 1), (1, 7), (8, 3), (8, 3), (11, 1)];
+        let (mut expected, mut stored) = (FIRST_SEQ, Vec::new());
+        for (first, count) in batches {
+            if let Place::Accept { skip, next_seq } = place(expected, first, count) {
+                stored.extend((first..first + count as u64).skip(skip));
+                expected = next_seq;
+            }
+        }
+        assert_eq!(stored, (1..=11).collect::<Vec<u64>>());
+        assert_eq!(expected, 12);
+    }
+
+    #[test]
+    fn a_record_that_does_not_decode_or_sits_at_another_place_is_a_fault() {
+        let good = record(5, Event::AgentStopped);
+        assert_eq!(check(5, vec![good.clone()]).unwrap()[0].wall_ns, 5);
+        assert_eq!(check(4, vec![good.clone()]), Err(Fault::Order { at: 4, says: 5 }));
+        let cut = good[..good.len() - 1].to_vec();
+        assert!(matches!(check(5, vec![good, cut]), Err(Fault::Record { seq: 6, .. })));
+    }
+
+    #[test]
+    fn a_heartbeat_tells_the_backlog() {
+        let coverage = Event::Coverage(Coverage { backlog: 42, ..Coverage::default() });
+        assert_eq!(check(1, vec![record(1, coverage)]).unwrap()[0].backlog, Some(42));
+    }
+}

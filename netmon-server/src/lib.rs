@@ -1,0 +1,24 @@
+//! netmon's server: collects what the agents of a room record, and keeps a log of each PC.
+//!
+//! Pure modules decide: [`ingest`] (order, duplicates, gaps), [`tokens`] (who may enrol), [`seat`] (labels),
+//! [`render`] (stored item → log line), [`ca`] (certificates). Thin shells do the I/O: [`collector`] and
+//! [`enrollment`] (QUIC), [`store`] (SQLite), [`writer`] (the one thread that writes it), [`seatlogs`] (the
+//! readable log files), [`serve`] and [`commands`] (the command line).
+
+pub mod ca;
+pub mod cli;
+mod clock;
+pub mod collector;
+pub mod commands;
+pub mod datadir;
+pub mod enrollment;
+mod frames;
+pub mod ingest;
+pub mod render;
+pub mod seat;
+pub mod seatlogs;
+pub mod serve;
+pub mod store;
+mod tls;
+pub mod tokens;
+pub mod writer;

@@ -1,0 +1,271 @@
+//! The readable logs, `logs/<seat>/log.txt` and `usb.log`: derived from the store, each item exactly once.
+//!
+//! The store remembers, now and then, how many bytes of the files were safely on disk and which item comes next.
+//! Whatever is behind that after a crash is cut off and rendered again. A file that is shorter than it should be
+//! (deleted, cut by somebody) makes both files of the seat be written anew; one that is longer is cut.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use jiff::tz::TimeZone;
+use rusqlite::Connection;
+
+use crate::datadir::{DataDirError, hint, make_dir};
+use crate::render;
+use crate::store::{self, AgentId, SeatLog};
+
+/// Everything that is recorded of a seat.
+pub const LOG: &str = "log.txt";
+/// What concerns USB.
+pub const USB_LOG: &str = "usb.log";
+/// Items that are rendered at once.
+const PAGE: usize = 1000;
+
+/// Why a seat's logs are behind. The next attempt makes up for it.
+#[derive(Debug, thiserror::Error)]
+pub enum SeatLogError {
+    /// The store could not be read or written.
+    #[error("the store cannot be read for the log of a seat")]
+    Store(#[from] rusqlite::Error),
+    /// The directory could not be made.
+    #[error(transparent)]
+    Directory(#[from] DataDirError),
+    /// A file could not be written.
+    #[error("cannot write {path}; {hint}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What to do.
+        hint: &'static str,
+        /// Cause.
+        source: io::Error,
+    },
+}
+
+/// The logs of all seats.
+#[derive(Debug)]
+pub struct SeatLogs {
+    directory: PathBuf,
+    zone: TimeZone,
+    states: HashMap<AgentId, State>,
+    /// Written since the last [`SeatLogs::save`].
+    unsaved: BTreeSet<AgentId>,
+}
+
+#[derive(Clone, Debug)]
+struct State {
+    directory: PathBuf,
+    log: SeatLog,
+}
+
+impl SeatLogs {
+    /// Logs below `directory`, with times in `zone`.
+    pub fn new(directory: PathBuf, zone: TimeZone) -> Self {
+        Self { directory, zone, states: HashMap::new(), unsaved: BTreeSet::new() }
+    }
+
+    /// Brings the files of one seat up to the store.
+    ///
+    /// # Errors
+    /// [`SeatLogError`]; what was written before it stays, and counts.
+    pub fn update(&mut self, conn: &Connection, agent: AgentId) -> Result<(), SeatLogError> {
+        let Some(mut state) = self.state(conn, agent)? else { return Ok(()) };
+        let result = write_new_items(conn, agent, &mut state, &self.zone);
+        self.states.insert(agent, state);
+        self.unsaved.insert(agent);
+        result
+    }
+
+    /// Syncs what was written, and remembers in the store how far that is.
+    ///
+    /// # Errors
+    /// [`SeatLogError`]; a later call makes up for it.
+    pub fn save(&mut self, conn: &Connection) -> Result<(), SeatLogError> {
+        for agent in self.unsaved.clone() {
+            if let Some(State { directory, log }) = self.states.get(&agent) {
+                for name in [LOG, USB_LOG] {
+                    let path = directory.join(name);
+                    File::open(&path).and_then(|file| file.sync_data()).map_err(write_error(&path))?;
+                }
+                store::save_seat_log(conn, agent, *log)?;
+            }
+            self.unsaved.remove(&agent);
+        }
+        Ok(())
+    }
+
+    /// True when [`SeatLogs::save`] has something to do.
+    pub fn is_unsaved(&self) -> bool {
+        !self.unsaved.is_empty()
+    }
+
+    fn state(&self, conn: &Connection, agent: AgentId) -> Result<Option<State>, SeatLogError> {
+        if let Some(state) = self.states.get(&agent) {
+            return Ok(Some(state.clone()));
+        }
+        let Some(known) = store::agent_by_id(conn, agent)? else { return Ok(None) };
+        Ok(Some(State { directory: self.directory.join(known.seat), log: store::seat_log(conn, agent)? }))
+    }
+}
+
+fn write_new_items(
+    conn: &Connection,
+    agent: AgentId,
+    state: &mut State,
+    zone: &TimeZone,
+) -> Result<(), SeatLogError> {
+    make_dir(&state.directory)?;
+    let (log_path, usb_path) = (state.directory.join(LOG), state.directory.join(USB_LOG));
+    let (mut log, log_length) = open(&log_path).map_err(write_error(&log_path))?;
+    let (mut usb, usb_length) = open(&usb_path).map_err(write_error(&usb_path))?;
+    if log_length < state.log.log_bytes || usb_length < state.log.usb_bytes {
+        tracing::warn!(directory = %state.directory.display(), "a seat's log is cut or gone: it is written anew");
+        state.log = SeatLog::default();
+    }
+    for (file, path, bytes) in
+        [(&mut log, &log_path, state.log.log_bytes), (&mut usb, &usb_path, state.log.usb_bytes)]
+    {
+        file.set_len(bytes).and_then(|()| file.seek(SeekFrom::Start(bytes))).map_err(write_error(path))?;
+    }
+    loop {
+        let items = store::items_from(conn, agent, state.log.next_n, PAGE)?;
+        let Some(last) = items.last() else { return Ok(()) };
+        let (mut log_text, mut usb_text) = (String::new(), String::new());
+        for item in &items {
+            let line = render::line(item, zone);
+            for text in [Some(&mut log_text), line.usb.then_some(&mut usb_text)].into_iter().flatten() {
+                text.push_str(&line.text);
+                text.push('\n');
+            }
+        }
+        // `usb.log` first: whoever waits for `log.txt` to grow finds both.
+        usb.write_all(usb_text.as_bytes()).map_err(write_error(&usb_path))?;
+        log.write_all(log_text.as_bytes()).map_err(write_error(&log_path))?;
+        state.log = SeatLog {
+            next_n: last.n + 1,
+            log_bytes: state.log.log_bytes + log_text.len() as u64,
+            usb_bytes: state.log.usb_bytes + usb_text.len() as u64,
+        };
+    }
+}
+
+fn open(path: &Path) -> io::Result<(File, u64)> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let length = file.metadata()?.len();
+    Ok((file, length))
+}
+
+fn write_error(path: &Path) -> impl Fn(io::Error) -> SeatLogError + use<> {
+    let path = path.to_owned();
+    move |source| SeatLogError::Write { path: path.clone(), hint: hint(&source), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::tests::Fixture;
+
+    struct Room {
+        store: Fixture,
+        logs: PathBuf,
+        agent: AgentId,
+    }
+
+    impl Room {
+        fn new() -> Self {
+            let store = Fixture::new();
+            let logs = store.path().join("logs");
+            let agent = store.agent("pc-1");
+            Self { store, logs, agent }
+        }
+
+        fn fresh(&self) -> SeatLogs {
+            SeatLogs::new(self.logs.clone(), TimeZone::UTC)
+        }
+
+        fn read(&self, name: &str) -> Vec<String> {
+            let text = std::fs::read_to_string(self.logs.join("pc-1").join(name)).unwrap();
+            text.lines().map(|line| line.split_once(' ').unwrap().1.to_owned()).collect()
+        }
+    }
+
+    fn watching(numbers: std::ops::RangeInclusive<u32>) -> Vec<String> {
+        numbers.map(|i| format!("no longer watching interface \"eth{i}\" (index {i})")).collect()
+    }
+
+    #[test]
+    fn each_item_is_written_once() {
+        let room = Room::new();
+        let mut logs = room.fresh();
+        room.store.append(room.agent, 1, 1..=3);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        logs.update(room.store.conn(), room.agent).unwrap();
+        room.store.append(room.agent, 1, 4..=5);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        assert_eq!(room.read(LOG), watching(1..=5));
+        assert!(room.read(USB_LOG).is_empty());
+    }
+
+    #[test]
+    fn a_crash_between_commit_and_log_or_between_log_and_its_place_repeats_nothing() {
+        let room = Room::new();
+        let mut logs = room.fresh();
+        room.store.append(room.agent, 1, 1..=2);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        logs.save(room.store.conn()).unwrap();
+        // Written, but its place was not saved; then committed, but not written: then the process dies.
+        room.store.append(room.agent, 1, 3..=4);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        room.store.append(room.agent, 1, 5..=6);
+        drop(logs);
+        room.fresh().update(room.store.conn(), room.agent).unwrap();
+        assert_eq!(room.read(LOG), watching(1..=6));
+    }
+
+    #[test]
+    fn half_a_line_at_the_end_is_cut() {
+        let room = Room::new();
+        let mut logs = room.fresh();
+        room.store.append(room.agent, 1, 1..=2);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        let path = room.logs.join("pc-1").join(LOG);
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"half a li").unwrap();
+        room.store.append(room.agent, 1, 3..=3);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        assert_eq!(room.read(LOG), watching(1..=3));
+    }
+
+    #[test]
+    fn a_deleted_log_is_written_anew() {
+        let room = Room::new();
+        let mut logs = room.fresh();
+        room.store.append(room.agent, 1, 1..=1500);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        logs.save(room.store.conn()).unwrap();
+        std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
+        logs.update(room.store.conn(), room.agent).unwrap();
+        assert_eq!(room.read(LOG), watching(1..=1500));
+        std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
+        room.fresh().update(room.store.conn(), room.agent).unwrap();
+        assert_eq!(room.read(LOG), watching(1..=1500));
+    }
+
+    #[test]
+    fn a_gap_appears_at_its_place_in_both_logs() {
+        let room = Room::new();
+        let mut logs = room.fresh();
+        room.store.append(room.agent, 1, 1..=1);
+        store::open_epoch(room.store.conn(), room.agent, 1, 5, 9_000_000_000).unwrap().unwrap();
+        room.store.append(room.agent, 1, 5..=5);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        let lines = room.read(LOG);
+        assert_eq!([&lines[0], &lines[2]], [&watching(1..=1)[0], &watching(5..=5)[0]]);
+        assert!(
+            lines[1].starts_with("GAP ") && lines[1].ends_with("records never came from this PC, 3 records")
+        );
+        assert_eq!(room.read(USB_LOG), lines[1..2]);
+    }
+}

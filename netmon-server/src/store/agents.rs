@@ -1,0 +1,263 @@
+//! Who may deliver: agents (the allow-list) and enrolment tokens.
+
+use jiff::tz::TimeZone;
+use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params};
+
+use crate::seat;
+use crate::tokens::{self, StoredToken};
+
+/// An agent's number in this store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AgentId(pub i64);
+
+/// An agent as the allow-list knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Agent {
+    /// Its number in this store.
+    pub id: AgentId,
+    /// Its number in its certificate.
+    pub uuid: [u8; 16],
+    /// Its label.
+    pub seat: String,
+    /// Since when it may not deliver any more.
+    pub revoked_ns: Option<i64>,
+}
+
+/// What the `agents` command shows of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentSummary {
+    /// Who.
+    pub agent: Agent,
+    /// The PC's host name, as it said last.
+    pub hostname: Vec<u8>,
+    /// Since when it is connected; only true while the server runs.
+    pub connected_ns: Option<i64>,
+    /// End of its last connection, or its newest record, whichever is later.
+    pub seen_ns: Option<i64>,
+    /// Its newest record, by the PC's clock.
+    pub record_ns: Option<i64>,
+    /// Records that waited in its spool at its newest heartbeat.
+    pub backlog: Option<u64>,
+    /// Holes in its history.
+    pub gaps: u64,
+    /// Records in those.
+    pub gap_records: u64,
+}
+
+/// A PC that wants to be an agent.
+#[derive(Clone, Debug)]
+pub struct Newcomer {
+    /// The token's name.
+    pub token_id: [u8; 8],
+    /// The token's secret.
+    pub secret: [u8; 32],
+    /// The number it will have.
+    pub uuid: [u8; 16],
+    /// Its key.
+    pub spki_sha256: [u8; 32],
+    /// Its host name.
+    pub hostname: Vec<u8>,
+    /// The label it asks for; empty: none.
+    pub wanted_seat: Vec<u8>,
+}
+
+/// What enrolment came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Enrolled {
+    /// It is an agent now.
+    As {
+        /// Its label.
+        seat: String,
+    },
+    /// It is not; why, for people.
+    Refused(String),
+}
+
+/// Checks the token, consumes one use of it and adds the agent: all inside the caller's one transaction.
+pub fn enrol(
+    conn: &Connection,
+    newcomer: &Newcomer,
+    now_ns: i64,
+    zone: &TimeZone,
+) -> rusqlite::Result<Enrolled> {
+    let token = token(conn, &newcomer.token_id)?;
+    if let Err(refusal) = tokens::check(token.as_ref(), &newcomer.token_id, &newcomer.secret, now_ns, zone) {
+        return Ok(Enrolled::Refused(refusal.to_string()));
+    }
+    if let Some(known) = agent_by_key(conn, &newcomer.spki_sha256)? {
+        return Ok(Enrolled::Refused(format!(
+            "this key is enrolled already, as seat {}; enrol with a new key",
+            known.seat
+        )));
+    }
+    conn.execute(
+        "UPDATE tokens SET uses_left = uses_left - 1 WHERE id = ?1",
+        [newcomer.token_id.as_slice()],
+    )?;
+    let wanted = seat::label(&newcomer.wanted_seat, &newcomer.hostname);
+    let seat = seat::unique(&wanted, |label| {
+        conn.prepare_cached("SELECT 1 FROM agents WHERE seat = ?1 COLLATE NOCASE")?.exists([label])
+    })?;
+    conn.execute(
+        "INSERT INTO agents (uuid, seat, spki_sha256, hostname, enrolled_ns) VALUES (?1, ?2, ?3, ?4, ?5)",
+        params![newcomer.uuid, seat, newcomer.spki_sha256, newcomer.hostname, now_ns],
+    )?;
+    Ok(Enrolled::As { seat })
+}
+
+/// Keeps a new token, and forgets those that expired more than 30 days ago (until then they are told from
+/// unknown ones).
+pub fn add_token(conn: &Connection, token: &StoredToken) -> rusqlite::Result<()> {
+    const MONTH_NS: i64 = 30 * 86_400_000_000_000;
+    conn.execute("DELETE FROM tokens WHERE expires_ns < ?1", [token.created_ns.saturating_sub(MONTH_NS)])?;
+    conn.execute(
+        "INSERT INTO tokens (id, secret_sha256, created_ns, expires_ns, uses, uses_left)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        params![
+            token.id,
+            token.secret_sha256,
+            token.created_ns,
+            token.expires_ns,
+            token.uses,
+            token.uses_left
+        ],
+    )?;
+    Ok(())
+}
+
+fn token(conn: &Connection, id: &[u8; 8]) -> rusqlite::Result<Option<StoredToken>> {
+    conn.prepare_cached(
+        "SELECT id, secret_sha256, created_ns, expires_ns, uses, uses_left FROM tokens WHERE id = ?1",
+    )?
+    .query_row([id.as_slice()], |row| {
+        Ok(StoredToken {
+            id: row.get(0)?,
+            secret_sha256: row.get(1)?,
+            created_ns: row.get(2)?,
+            expires_ns: row.get(3)?,
+            uses: row.get(4)?,
+            uses_left: row.get(5)?,
+        })
+    })
+    .optional()
+}
+
+fn agent(row: &Row<'_>) -> rusqlite::Result<Agent> {
+    Ok(Agent {
+        id: AgentId(row.get("id")?),
+        uuid: row.get("uuid")?,
+        seat: row.get("seat")?,
+        revoked_ns: row.get("revoked_ns")?,
+    })
+}
+
+/// The agent with this key, revoked ones included.
+pub fn agent_by_key(conn: &Connection, spki_sha256: &[u8; 32]) -> rusqlite::Result<Option<Agent>> {
+    conn.prepare_cached("SELECT id, uuid, seat, revoked_ns FROM agents WHERE spki_sha256 = ?1")?
+        .query_row([spki_sha256.as_slice()], agent)
+        .optional()
+}
+
+/// The agent with this number.
+pub fn agent_by_id(conn: &Connection, id: AgentId) -> rusqlite::Result<Option<Agent>> {
+    conn.prepare_cached("SELECT id, uuid, seat, revoked_ns FROM agents WHERE id = ?1")?
+        .query_row([id.0], agent)
+        .optional()
+}
+
+/// False for a revoked agent.
+pub fn is_allowed(conn: &Connection, id: AgentId) -> rusqlite::Result<bool> {
+    conn.prepare_cached("SELECT 1 FROM agents WHERE id = ?1 AND revoked_ns IS NULL")?.exists([id.0])
+}
+
+/// The agents that `name` means: the one with that label, else all whose UUID starts with it.
+pub fn find_seat(conn: &Connection, name: &str) -> rusqlite::Result<Vec<Agent>> {
+    let mut exact = conn.prepare_cached("SELECT id, uuid, seat, revoked_ns FROM agents WHERE seat = ?1")?;
+    if let Some(found) = exact.query_row([name], agent).optional()? {
+        return Ok(vec![found]);
+    }
+    let hex: String = name.chars().filter(|c| *c != '-').map(|c| c.to_ascii_lowercase()).collect();
+    if hex.len() < 4 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Ok(Vec::new());
+    }
+    conn.prepare_cached(
+        "SELECT id, uuid, seat, revoked_ns FROM agents
+         WHERE substr(lower(hex(uuid)), 1, ?1) = ?2 ORDER BY seat",
+    )?
+    .query_map(params![hex.len() as i64, hex], agent)?
+    .collect()
+}
+
+/// Takes an agent off the allow-list; false when it was off already.
+pub fn revoke(conn: &Connection, id: AgentId, now_ns: i64) -> rusqlite::Result<bool> {
+    let changed = conn
+        .execute("UPDATE agents SET revoked_ns = ?2 WHERE id = ?1 AND revoked_ns IS NULL", [id.0, now_ns])?;
+    Ok(changed == 1)
+}
+
+/// An agent has said hello on connection number `connection`.
+pub fn connected(
+    conn: &Connection,
+    id: AgentId,
+    connection: u64,
+    hostname: &[u8],
+    agent_version: &[u8],
+    now_ns: i64,
+) -> rusqlite::Result<()> {
+    conn.prepare_cached(
+        "UPDATE agents SET hostname = :hostname, agent_version = :version, connection = :connection,
+             connected_ns = iif(connection IS :connection, connected_ns, :now)
+         WHERE id = :id",
+    )?
+    .execute(named_params! {
+        ":id": id.0, ":connection": connection as i64, ":hostname": hostname, ":version": agent_version,
+        ":now": now_ns,
+    })?;
+    Ok(())
+}
+
+/// Connection number `connection` is over; nothing happens where a newer one has taken its place.
+pub fn disconnected(conn: &Connection, id: AgentId, connection: u64, now_ns: i64) -> rusqlite::Result<()> {
+    conn.prepare_cached(
+        "UPDATE agents SET connection = NULL, connected_ns = NULL, seen_ns = ?3 WHERE id = ?1 AND connection = ?2",
+    )?
+    .execute([id.0, connection as i64, now_ns])?;
+    Ok(())
+}
+
+/// At the server's start: connections of an earlier run that ended badly are over.
+pub fn forget_connections(conn: &Connection) -> rusqlite::Result<()> {
+    conn.execute("UPDATE agents SET connection = NULL, connected_ns = NULL", [])?;
+    Ok(())
+}
+
+/// Revoked agents that are still connected: agent and number of the connection.
+pub fn revoked_connections(conn: &Connection) -> rusqlite::Result<Vec<(AgentId, u64)>> {
+    conn.prepare_cached(
+        "SELECT id, connection FROM agents WHERE revoked_ns IS NOT NULL AND connection IS NOT NULL",
+    )?
+    .query_map([], |row| Ok((AgentId(row.get(0)?), row.get::<_, i64>(1)? as u64)))?
+    .collect()
+}
+
+/// All agents, in order of their labels.
+pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
+    conn.prepare(
+        "SELECT a.*, count(g.n) AS gaps, coalesce(sum(g.to_seq - g.from_seq + 1), 0) AS gap_records
+         FROM agents a LEFT JOIN gaps g ON g.agent = a.id GROUP BY a.id ORDER BY a.seat",
+    )?
+    .query_map([], |row| {
+        let (seen, received): (Option<i64>, Option<i64>) = (row.get("seen_ns")?, row.get("received_ns")?);
+        Ok(AgentSummary {
+            agent: agent(row)?,
+            hostname: row.get("hostname")?,
+            connected_ns: row.get("connected_ns")?,
+            seen_ns: seen.max(received),
+            record_ns: row.get("record_ns")?,
+            backlog: row.get::<_, Option<i64>>("backlog")?.map(|backlog| backlog as u64),
+            gaps: row.get::<_, i64>("gaps")? as u64,
+            gap_records: row.get::<_, i64>("gap_records")? as u64,
+        })
+    })?
+    .collect()
+}

@@ -1,0 +1,233 @@
+//! Events, watermarks and gaps.
+
+use rusqlite::{Connection, OptionalExtension as _, params};
+
+use super::AgentId;
+use crate::ingest::{self, Checked, FIRST_SEQ, Fault, Place};
+
+/// One item of a seat's history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item {
+    /// Its place: grows by 1 from 1.
+    pub n: i64,
+    /// What it is.
+    pub what: What,
+}
+
+/// An event, or a hole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// A record, as it came.
+    Record {
+        /// When, the server's clock.
+        received_ns: i64,
+        /// Its bytes.
+        bytes: Vec<u8>,
+    },
+    /// Records that never came.
+    Gap {
+        /// How many.
+        count: u64,
+        /// The newest record before, the PC's clock; when there is none, the time of noticing.
+        since_ns: i64,
+        /// When it was noticed, the server's clock.
+        noticed_ns: i64,
+    },
+}
+
+/// What became of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchOutcome {
+    /// Everything up to and including this record is in the store (once the transaction is committed).
+    Stored {
+        /// The newest record.
+        through: u64,
+        /// How many of the batch were new.
+        new: usize,
+    },
+    /// The batch starts too late; nothing was stored.
+    Resume {
+        /// The expected record.
+        next_seq: u64,
+    },
+    /// A record that is in the store already came again with other content: the agent's spool was set back and
+    /// numbers anew. Nothing was stored.
+    Rewritten {
+        /// The record.
+        seq: u64,
+    },
+}
+
+/// How far the readable logs of a seat are safely on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SeatLog {
+    /// The first item that is not in the files.
+    pub next_n: i64,
+    /// Length of `log.txt` up to there.
+    pub log_bytes: u64,
+    /// Length of `usb.log` up to there.
+    pub usb_bytes: u64,
+}
+
+impl Default for SeatLog {
+    fn default() -> Self {
+        Self { next_n: 1, log_bytes: 0, usb_bytes: 0 }
+    }
+}
+
+/// An agent opens (or takes up) an epoch and says what it still has: the watermark moves over what can never
+/// come, and the hole is kept. The inner error is the agent's fault.
+pub fn open_epoch(
+    conn: &Connection,
+    agent: AgentId,
+    epoch: u64,
+    oldest_seq: u64,
+    now_ns: i64,
+) -> rusqlite::Result<Result<u64, Fault>> {
+    let opening = match ingest::open(watermark(conn, agent, epoch)?, oldest_seq) {
+        Ok(opening) => opening,
+        Err(fault) => return Ok(Err(fault)),
+    };
+    if let Some((from, to)) = opening.gap {
+        let (n, since_ns): (i64, Option<i64>) = conn
+            .prepare_cached("SELECT next_n, record_ns FROM agents WHERE id = ?1")?
+            .query_row([agent.0], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        conn.prepare_cached(
+            "INSERT INTO gaps (agent, n, epoch, from_seq, to_seq, since_ns, noticed_ns)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?
+        .execute(params![
+            agent.0,
+            n,
+            epoch as i64,
+            from as i64,
+            to as i64,
+            since_ns.unwrap_or(now_ns),
+            now_ns
+        ])?;
+        conn.prepare_cached("UPDATE agents SET next_n = ?2 WHERE id = ?1")?.execute([agent.0, n + 1])?;
+        set_watermark(conn, agent, epoch, opening.next_seq)?;
+    }
+    Ok(Ok(opening.next_seq))
+}
+
+/// Stores what is new of a batch and moves the watermark.
+pub fn append(
+    conn: &Connection,
+    agent: AgentId,
+    epoch: u64,
+    first_seq: u64,
+    records: &[Checked],
+    now_ns: i64,
+) -> rusqlite::Result<BatchOutcome> {
+    let (skip, next_seq) = match ingest::place(watermark(conn, agent, epoch)?, first_seq, records.len()) {
+        Place::Accept { skip, next_seq } => (skip, next_seq),
+        Place::Resume { next_seq } => return Ok(BatchOutcome::Resume { next_seq }),
+    };
+    let (known, new) = records.split_at(skip);
+    let mut stored =
+        conn.prepare_cached("SELECT record FROM events WHERE agent = ?1 AND epoch = ?2 AND seq = ?3")?;
+    for record in known {
+        let params = params![agent.0, epoch as i64, record.seq as i64];
+        let same = stored
+            .query_row(params, |row| Ok(row.get_ref(0)?.as_blob()? == record.bytes.as_slice()))
+            .optional()?;
+        // None: it lies in a gap that was named before, and stays one.
+        if same == Some(false) {
+            return Ok(BatchOutcome::Rewritten { seq: record.seq });
+        }
+    }
+    if let Some(last) = new.last() {
+        let mut n: i64 = conn
+            .prepare_cached("SELECT next_n FROM agents WHERE id = ?1")?
+            .query_row([agent.0], |row| row.get(0))?;
+        let mut insert = conn.prepare_cached(
+            "INSERT INTO events (agent, n, epoch, seq, wall_ns, received_ns, record)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?;
+        for r in new {
+            insert.execute(params![agent.0, n, epoch as i64, r.seq as i64, r.wall_ns, now_ns, r.bytes])?;
+            n += 1;
+        }
+        let backlog = new.iter().rev().find_map(|record| record.backlog).map(|backlog| backlog as i64);
+        conn.prepare_cached(
+            "UPDATE agents SET next_n = ?2, record_ns = ?3, received_ns = ?4, backlog = coalesce(?5, backlog)
+             WHERE id = ?1",
+        )?
+        .execute(params![agent.0, n, last.wall_ns, now_ns, backlog])?;
+        set_watermark(conn, agent, epoch, next_seq)?;
+    }
+    Ok(BatchOutcome::Stored { through: next_seq - 1, new: new.len() })
+}
+
+fn watermark(conn: &Connection, agent: AgentId, epoch: u64) -> rusqlite::Result<u64> {
+    let next_seq: Option<i64> = conn
+        .prepare_cached("SELECT next_seq FROM epochs WHERE agent = ?1 AND epoch = ?2")?
+        .query_row([agent.0, epoch as i64], |row| row.get(0))
+        .optional()?;
+    Ok(next_seq.map_or(FIRST_SEQ, |next_seq| next_seq as u64))
+}
+
+fn set_watermark(conn: &Connection, agent: AgentId, epoch: u64, next_seq: u64) -> rusqlite::Result<()> {
+    conn.prepare_cached(
+        "INSERT INTO epochs (agent, epoch, next_seq) VALUES (?1, ?2, ?3)
+         ON CONFLICT (agent, epoch) DO UPDATE SET next_seq = excluded.next_seq",
+    )?
+    .execute([agent.0, epoch as i64, next_seq as i64])?;
+    Ok(())
+}
+
+/// Up to `limit` items of a seat's history, from place `from` on, in order.
+pub fn items_from(conn: &Connection, agent: AgentId, from: i64, limit: usize) -> rusqlite::Result<Vec<Item>> {
+    conn.prepare_cached(
+        "SELECT n, received_ns, record, NULL, NULL FROM events WHERE agent = ?1 AND n >= ?2
+         UNION ALL
+         SELECT n, noticed_ns, NULL, to_seq - from_seq + 1, since_ns FROM gaps WHERE agent = ?1 AND n >= ?2
+         ORDER BY n LIMIT ?3",
+    )?
+    .query_map(params![agent.0, from, limit as i64], |row| {
+        let what = match row.get::<_, Option<Vec<u8>>>(2)? {
+            Some(bytes) => What::Record { received_ns: row.get(1)?, bytes },
+            None => What::Gap {
+                count: row.get::<_, i64>(3)? as u64,
+                since_ns: row.get(4)?,
+                noticed_ns: row.get(1)?,
+            },
+        };
+        Ok(Item { n: row.get(0)?, what })
+    })?
+    .collect()
+}
+
+/// The place from which on a seat's history has `count` items.
+pub fn first_of_last(conn: &Connection, agent: AgentId, count: u64) -> rusqlite::Result<i64> {
+    let next_n: i64 =
+        conn.query_row("SELECT next_n FROM agents WHERE id = ?1", [agent.0], |row| row.get(0))?;
+    Ok(next_n.saturating_sub_unsigned(count).max(1))
+}
+
+/// How far a seat's readable logs were safely on disk.
+pub fn seat_log(conn: &Connection, agent: AgentId) -> rusqlite::Result<SeatLog> {
+    let found = conn
+        .prepare_cached("SELECT next_n, log_bytes, usb_bytes FROM seat_logs WHERE agent = ?1")?
+        .query_row([agent.0], |row| {
+            Ok(SeatLog {
+                next_n: row.get(0)?,
+                log_bytes: row.get::<_, i64>(1)? as u64,
+                usb_bytes: row.get::<_, i64>(2)? as u64,
+            })
+        })
+        .optional()?;
+    Ok(found.unwrap_or_default())
+}
+
+/// Remembers how far a seat's readable logs are safely on disk.
+pub fn save_seat_log(conn: &Connection, agent: AgentId, log: SeatLog) -> rusqlite::Result<()> {
+    conn.prepare_cached(
+        "INSERT INTO seat_logs (agent, next_n, log_bytes, usb_bytes) VALUES (?1, ?2, ?3, ?4)
+         ON CONFLICT (agent) DO UPDATE SET
+             next_n = excluded.next_n, log_bytes = excluded.log_bytes, usb_bytes = excluded.usb_bytes",
+    )?
+    .execute([agent.0, log.next_n, log.log_bytes as i64, log.usb_bytes as i64])?;
+    Ok(())
+}

@@ -1,0 +1,181 @@
+//! The embedded store: one SQLite file (WAL, every commit synced).
+//!
+//! Functions here are steps inside somebody's transaction; the only thread that writes events is
+//! [`crate::writer`]. Commands (`token`, `revoke`, `log`) open the same file beside a running server.
+
+mod agents;
+mod events;
+
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
+
+pub use agents::{
+    Agent, AgentId, AgentSummary, Enrolled, Newcomer, add_token, agent_by_id, agent_by_key, connected,
+    disconnected, enrol, find_seat, forget_connections, is_allowed, revoke, revoked_connections, summaries,
+};
+pub use events::{
+    BatchOutcome, Item, SeatLog, What, append, first_of_last, items_from, open_epoch, save_seat_log, seat_log,
+};
+
+/// Marks the file as netmon's (`PRAGMA application_id`): "nmon".
+const APPLICATION_ID: i32 = 0x6e6d_6f6e;
+/// Version of the schema (`PRAGMA user_version`).
+const SCHEMA_VERSION: i32 = 1;
+/// How long a writer waits for another process's transaction.
+const BUSY: Duration = Duration::from_secs(10);
+
+/// Why the store cannot be opened. The path and what to do are in the message.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// SQLite cannot open, make or set up the file.
+    #[error("cannot open the store {path}; {hint}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What to do.
+        hint: &'static str,
+        /// Cause.
+        source: rusqlite::Error,
+    },
+    /// The file cannot be made.
+    #[error("cannot make the store {path}")]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
+    /// The file belongs to something else.
+    #[error("{0} is not a netmon store")]
+    NotAStore(PathBuf),
+    /// The file was written by another version.
+    #[error(
+        "the store {path} has format {found}; this netmon-server reads format {SCHEMA_VERSION}: use the version that wrote it, or a newer one"
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: i32,
+    },
+}
+
+/// An open store.
+#[derive(Debug)]
+pub struct Store {
+    conn: Connection,
+}
+
+impl Store {
+    /// Makes a new store, or empties nothing: a store that is there already stays as it is.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn create(path: &Path) -> Result<Self, StoreError> {
+        // SQLite takes over an empty file, and gives the files beside it the same mode: nobody else reads them.
+        let mut options = std::fs::OpenOptions::new();
+        options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(|source| StoreError::Create { path: path.into(), source })?;
+        let mut conn = connect(path)?;
+        let open_error = |source| open_error(path, source);
+        let version: i32 = conn.pragma_query_value(None, "user_version", |r| r.get(0)).map_err(open_error)?;
+        if version == 0 {
+            let tx = conn.transaction_with_behavior(TransactionBehavior::Immediate).map_err(open_error)?;
+            tx.execute_batch(include_str!("schema.sql")).map_err(open_error)?;
+            tx.pragma_update(None, "application_id", APPLICATION_ID).map_err(open_error)?;
+            tx.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(open_error)?;
+            tx.commit().map_err(open_error)?;
+        }
+        Self::checked(conn, path)
+    }
+
+    /// Opens an existing store.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::checked(connect(path)?, path)
+    }
+
+    fn checked(conn: Connection, path: &Path) -> Result<Self, StoreError> {
+        let pragma =
+            |name| conn.pragma_query_value(None, name, |row| row.get(0)).map_err(|e| open_error(path, e));
+        if pragma("application_id")? != APPLICATION_ID {
+            return Err(StoreError::NotAStore(path.into()));
+        }
+        match pragma("user_version")? {
+            SCHEMA_VERSION => Ok(Self { conn }),
+            found => Err(StoreError::Version { path: path.into(), found }),
+        }
+    }
+
+    /// For reading.
+    pub fn conn(&self) -> &Connection {
+        &self.conn
+    }
+
+    /// Starts a transaction that writes: it waits for its turn now, so it cannot fail for it later.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn begin(&mut self) -> rusqlite::Result<Transaction<'_>> {
+        self.conn.transaction_with_behavior(TransactionBehavior::Immediate)
+    }
+
+    /// Does `work` in one write transaction.
+    ///
+    /// # Errors
+    /// SQLite's; then nothing is changed.
+    pub fn write<T>(
+        &mut self,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        let tx = self.begin()?;
+        let result = work(&tx)?;
+        tx.commit()?;
+        Ok(result)
+    }
+}
+
+fn connect(path: &Path) -> Result<Connection, StoreError> {
+    let connect = || {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let conn = Connection::open_with_flags(path, flags)?;
+        conn.busy_timeout(BUSY)?;
+        conn.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
+        conn.pragma_update(None, "synchronous", "FULL")?;
+        conn.pragma_update(None, "foreign_keys", true)?;
+        conn.set_prepared_statement_cache_capacity(64);
+        Ok(conn)
+    };
+    connect().map_err(|source| open_error(path, source))
+}
+
+fn open_error(path: &Path, source: rusqlite::Error) -> StoreError {
+    StoreError::Open { path: path.into(), hint: hint(&source), source }
+}
+
+/// What to do about an error of SQLite's.
+pub fn hint(error: &rusqlite::Error) -> &'static str {
+    use rusqlite::ErrorCode::*;
+    match error.sqlite_error_code() {
+        Some(DiskFull) => "the disk is full; make room there",
+        Some(ReadOnly | PermissionDenied) => "it is not writable; run netmon-server as the user who owns it",
+        Some(CannotOpen) => "it is missing or not accessible; check the path and its permissions",
+        Some(SystemIoFailure) => "the disk reports errors or is full; check it (`dmesg`, `df`)",
+        Some(DatabaseBusy | DatabaseLocked) => "another process holds it; try again",
+        Some(DatabaseCorrupt | NotADatabase) => "it is damaged; bring it back from a backup",
+        _ => "check the path and the disk",
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

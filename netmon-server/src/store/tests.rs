@@ -1,0 +1,240 @@
+//! What the store promises, on a real file.
+
+use std::ops::RangeInclusive;
+
+use jiff::tz::TimeZone;
+use netmon_common::model::{Event, Hook, Interface, Record};
+
+use super::*;
+use crate::ingest::{Checked, check};
+use crate::tokens;
+
+const HOUR: i64 = 3_600_000_000_000;
+
+/// A store in a directory of its own.
+pub struct Fixture {
+    store: Store,
+    directory: tempfile::TempDir,
+}
+
+impl Fixture {
+    pub fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::create(&directory.path().join("store.sqlite")).unwrap();
+        Self { store, directory }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn conn(&self) -> &Connection {
+        self.store.conn()
+    }
+
+    /// Closes the store and opens it again.
+    fn reopen(mut self) -> Self {
+        let path = self.directory.path().join("store.sqlite");
+        drop(self.store);
+        self.store = Store::open(&path).unwrap();
+        self
+    }
+
+    fn token(&self, uses: u32) -> [u8; 32] {
+        let (token, stored) = tokens::make("a:1".into(), [0; 32], &[5; 40], uses, HOUR, 0);
+        add_token(self.conn(), &stored).unwrap();
+        token.secret
+    }
+
+    fn enrol(&self, secret: [u8; 32], key: u8, hostname: &str) -> Enrolled {
+        let newcomer = Newcomer {
+            token_id: [5; 8],
+            secret,
+            uuid: [key; 16],
+            spki_sha256: [key; 32],
+            hostname: hostname.into(),
+            wanted_seat: Vec::new(),
+        };
+        enrol(self.conn(), &newcomer, 1, &TimeZone::UTC).unwrap()
+    }
+
+    /// A new agent with this label.
+    pub fn agent(&self, seat: &str) -> AgentId {
+        let secret = self.token(1);
+        assert_eq!(self.enrol(secret, 1, seat), Enrolled::As { seat: seat.into() });
+        agent_by_key(self.conn(), &[1; 32]).unwrap().unwrap().id
+    }
+
+    pub fn append(&self, agent: AgentId, epoch: u64, seqs: RangeInclusive<u64>) -> BatchOutcome {
+        append(self.conn(), agent, epoch, *seqs.start(), &records(seqs), 0).unwrap()
+    }
+
+    fn seqs(&self, agent: AgentId) -> Vec<u64> {
+        let items = items_from(self.conn(), agent, 1, 10_000).unwrap();
+        let seq = |item: &Item| match &item.what {
+            What::Record { bytes, .. } => Some(Record::from_bytes(bytes).unwrap().seq),
+            What::Gap { .. } => None,
+        };
+        items.iter().filter_map(seq).collect()
+    }
+}
+
+fn records(seqs: RangeInclusive<u64>) -> Vec<Checked> {
+    let record = |seq: u64| {
+        let interface =
+            Interface { name: format!("eth{seq}").as_str().into(), index: seq as u32, hook: Hook::Tcx };
+        let event = Event::InterfaceDetached(interface);
+        Record { seq, run: 1, boot_ns: seq, wall_ns: seq as i64, event }.to_bytes().unwrap()
+    };
+    check(*seqs.start(), seqs.map(record).collect()).unwrap()
+}
+
+fn stored(through: u64, new: usize) -> BatchOutcome {
+    BatchOutcome::Stored { through, new }
+}
+
+#[test]
+fn a_batch_that_comes_twice_is_stored_once() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    assert_eq!(room.append(agent, 7, 1..=3), stored(3, 3));
+    assert_eq!(room.append(agent, 7, 1..=3), stored(3, 0));
+    assert_eq!(room.append(agent, 7, 2..=5), stored(5, 2));
+    assert_eq!(room.seqs(agent), [1, 2, 3, 4, 5]);
+}
+
+#[test]
+fn a_batch_too_far_ahead_stores_nothing_and_asks_for_the_expected_record() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    assert_eq!(room.append(agent, 7, 2..=3), BatchOutcome::Resume { next_seq: 1 });
+    assert!(room.seqs(agent).is_empty());
+}
+
+#[test]
+fn the_watermark_outlives_the_process_and_a_transaction_that_is_not_committed_never_was() {
+    let mut room = Fixture::new();
+    let agent = room.agent("pc");
+    room.append(agent, u64::MAX, 1..=3);
+    {
+        let tx = room.store.begin().unwrap();
+        append(&tx, agent, u64::MAX, 4, &records(4..=9), 0).unwrap();
+    }
+    let room = room.reopen();
+    assert_eq!(room.seqs(agent), [1, 2, 3]);
+    assert_eq!(open_epoch(room.conn(), agent, u64::MAX, 1, 0).unwrap(), Ok(4));
+}
+
+#[test]
+fn epochs_are_counted_on_their_own_and_shown_in_order_of_arrival() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    room.append(agent, 9, 1..=2);
+    room.append(agent, 3, 1..=1);
+    room.append(agent, 9, 3..=3);
+    assert_eq!(room.seqs(agent), [1, 2, 1, 3]);
+}
+
+#[test]
+fn a_hole_is_kept_with_its_size_and_moves_the_watermark() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    room.append(agent, 7, 1..=3);
+    assert_eq!(open_epoch(room.conn(), agent, 7, 10, 99).unwrap(), Ok(10));
+    assert_eq!(open_epoch(room.conn(), agent, 7, 10, 99).unwrap(), Ok(10), "told twice, kept once");
+    room.append(agent, 7, 10..=10);
+    let items = items_from(room.conn(), agent, 1, 100).unwrap();
+    assert_eq!(items.iter().map(|item| item.n).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+    assert_eq!(items[3].what, What::Gap { count: 6, since_ns: 3, noticed_ns: 99 });
+    let summary = &summaries(room.conn()).unwrap()[0];
+    assert_eq!((summary.gaps, summary.gap_records), (1, 6));
+}
+
+#[test]
+fn a_spool_that_was_set_back_and_counts_anew_is_not_taken_for_duplicates() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    room.append(agent, 7, 1..=3);
+    let mut other = records(3..=4);
+    other[0].bytes[1] ^= 1;
+    let outcome = append(room.conn(), agent, 7, 3, &other, 0).unwrap();
+    assert_eq!(outcome, BatchOutcome::Rewritten { seq: 3 });
+    assert_eq!(room.seqs(agent), [1, 2, 3]);
+}
+
+#[test]
+fn a_token_enrols_as_many_pcs_as_it_was_made_for() {
+    let room = Fixture::new();
+    let secret = room.token(2);
+    assert_eq!(room.enrol(secret, 1, "ubuntu"), Enrolled::As { seat: "ubuntu".into() });
+    assert_eq!(room.enrol(secret, 2, "Ubuntu"), Enrolled::As { seat: "Ubuntu-2".into() });
+    let Enrolled::Refused(why) = room.enrol(secret, 3, "ubuntu") else { panic!("enrolled a third") };
+    assert!(why.contains("already used 2 of 2 times"), "{why}");
+}
+
+#[test]
+fn a_refused_enrolment_costs_no_use() {
+    let room = Fixture::new();
+    let secret = room.token(1);
+    assert!(matches!(room.enrol([0; 32], 1, "pc"), Enrolled::Refused(_)));
+    assert_eq!(room.enrol(secret, 1, "pc"), Enrolled::As { seat: "pc".into() });
+}
+
+#[test]
+fn one_key_is_one_agent() {
+    let room = Fixture::new();
+    let secret = room.token(3);
+    room.enrol(secret, 1, "pc");
+    let Enrolled::Refused(why) = room.enrol(secret, 1, "pc") else { panic!("enrolled twice") };
+    assert!(why.contains("already, as seat pc"), "{why}");
+}
+
+#[test]
+fn a_revoked_agent_is_not_allowed_but_its_history_stays() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    room.append(agent, 7, 1..=3);
+    connected(room.conn(), agent, 4, b"pc", b"1", 5).unwrap();
+    assert!(is_allowed(room.conn(), agent).unwrap());
+    assert!(revoke(room.conn(), agent, 9).unwrap());
+    assert!(!revoke(room.conn(), agent, 10).unwrap(), "already");
+    assert!(!is_allowed(room.conn(), agent).unwrap());
+    assert_eq!(revoked_connections(room.conn()).unwrap(), [(agent, 4)]);
+    assert_eq!(room.seqs(agent), [1, 2, 3]);
+}
+
+#[test]
+fn the_end_of_an_older_connection_does_not_end_the_newer_one() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    connected(room.conn(), agent, 1, b"pc", b"1", 5).unwrap();
+    connected(room.conn(), agent, 2, b"pc", b"1", 6).unwrap();
+    disconnected(room.conn(), agent, 1, 7).unwrap();
+    assert_eq!(summaries(room.conn()).unwrap()[0].connected_ns, Some(6));
+    disconnected(room.conn(), agent, 2, 8).unwrap();
+    let summary = &summaries(room.conn()).unwrap()[0];
+    assert_eq!((summary.connected_ns, summary.seen_ns), (None, Some(8)));
+}
+
+#[test]
+fn a_seat_is_found_by_label_or_by_the_start_of_its_uuid() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    for name in ["pc", "0101", "01010101-0101"] {
+        assert_eq!(find_seat(room.conn(), name).unwrap()[0].id, agent, "{name}");
+    }
+    for name in ["p", "01", "0202", "%", ""] {
+        assert!(find_seat(room.conn(), name).unwrap().is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn another_database_and_a_newer_store_are_not_touched() {
+    let room = Fixture::new();
+    let path = room.path().join("store.sqlite");
+    room.conn().pragma_update(None, "user_version", 2).unwrap();
+    assert!(matches!(Store::open(&path), Err(StoreError::Version { found: 2, .. })));
+    assert!(matches!(Store::create(&path), Err(StoreError::Version { found: 2, .. })));
+    room.conn().pragma_update(None, "application_id", 1).unwrap();
+    assert!(matches!(Store::open(&path), Err(StoreError::NotAStore(_))));
+}

@@ -1,0 +1,311 @@
+//! The one thread that writes the store while the server runs: it commits what came within a few milliseconds in
+//! one transaction, and answers only after that commit.
+
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rusqlite::{Connection, Transaction};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use crate::clock;
+use crate::seatlogs::SeatLogs;
+use crate::store::{self, AgentId, Store, StoreError};
+
+/// How long a group waits for company: a tenth of what a person notices, and enough to share one sync of the
+/// disk among all PCs of a room.
+const GROUP_TIME: Duration = Duration::from_millis(10);
+/// Most jobs in a group: with batches of the largest size some 64 MiB.
+const GROUP_JOBS: usize = 64;
+/// Jobs that wait for their group; whoever brings more waits.
+const QUEUE: usize = 128;
+/// How often the place of the readable logs is saved: a crash costs rendering this much again.
+const SAVE_EVERY_NS: i64 = 30_000_000_000;
+
+/// The store cannot take anything now (disk full, I/O error). Nothing was stored; the agent keeps its records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the server cannot store records now; its own log says why")]
+pub struct Unavailable;
+
+/// Brings work to the writing thread. The thread ends when the last clone is gone.
+#[derive(Clone, Debug)]
+pub struct Writer {
+    jobs: mpsc::Sender<Job>,
+}
+
+/// Called after the commit; dropped without being called when there was none.
+type Answer = Box<dyn FnOnce()>;
+
+/// A step inside the group's transaction.
+type Work = Box<dyn FnOnce(&mut Transaction<'_>) -> rusqlite::Result<Answer> + Send>;
+
+struct Job {
+    /// Whose history it may lengthen.
+    agent: Option<AgentId>,
+    work: Work,
+}
+
+impl Writer {
+    /// Starts the thread. It opens the store at `path` itself, and again after every failure.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn spawn(
+        path: PathBuf,
+        store: Store,
+        logs: SeatLogs,
+        runtime: Handle,
+    ) -> std::io::Result<(Self, JoinHandle<()>)> {
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        let thread = Thread { path, store: Some(store), logs, queue, runtime, state: State::default() };
+        let handle = std::thread::Builder::new().name("writer".into()).spawn(move || thread.run())?;
+        Ok((Self { jobs }, handle))
+    }
+
+    /// Does `work` in the next group's transaction and returns its result after the commit. When `work` fails,
+    /// what it changed is undone, and the rest of the group goes on.
+    ///
+    /// # Errors
+    /// [`Unavailable`]: nothing of it is in the store.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        agent: Option<AgentId>,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, Unavailable> {
+        let (reply, answer) = oneshot::channel();
+        let work = Box::new(move |tx: &mut Transaction<'_>| {
+            let savepoint = tx.savepoint()?;
+            let result = work(&savepoint)?;
+            savepoint.commit()?;
+            // Whoever asked may be gone; the work is done all the same.
+            Ok(Box::new(move || drop(reply.send(result))) as Answer)
+        });
+        self.jobs.send(Job { agent, work }).await.map_err(|_| Unavailable)?;
+        answer.await.map_err(|_| Unavailable)
+    }
+}
+
+/// Why a group was not committed.
+#[derive(Debug, thiserror::Error)]
+enum GroupError {
+    #[error(transparent)]
+    Open(#[from] StoreError),
+    #[error("cannot commit")]
+    Commit(#[from] rusqlite::Error),
+}
+
+struct Thread {
+    path: PathBuf,
+    /// `None` after a failure: what SQLite holds in memory is not trusted after one.
+    store: Option<Store>,
+    logs: SeatLogs,
+    queue: mpsc::Receiver<Job>,
+    runtime: Handle,
+    state: State,
+}
+
+#[derive(Default)]
+struct State {
+    store_fails: bool,
+    logs_fail: bool,
+    saved_ns: i64,
+    /// Seats whose logs are behind because of an error.
+    behind: std::collections::BTreeSet<AgentId>,
+}
+
+impl Thread {
+    fn run(mut self) {
+        self.catch_up();
+        while let Some(group) = self.next_group() {
+            let agents = group.iter().filter_map(|job| job.agent).collect::<Vec<_>>();
+            match self.commit(group) {
+                Ok(answers) => {
+                    if std::mem::take(&mut self.state.store_fails) {
+                        tracing::info!("the store takes records again");
+                    }
+                    answers.into_iter().for_each(|answer| answer());
+                    self.state.behind.extend(agents);
+                    self.write_logs();
+                }
+                Err(error) => self.failed(&error),
+            }
+        }
+        self.save_logs();
+    }
+
+    /// Waits for a job and gathers what follows within [`GROUP_TIME`].
+    fn next_group(&mut self) -> Option<Vec<Job>> {
+        let queue = &mut self.queue;
+        self.runtime.block_on(async {
+            let mut group = vec![queue.recv().await?];
+            let gather = async {
+                while group.len() < GROUP_JOBS {
+                    let Some(job) = queue.recv().await else { break };
+                    group.push(job);
+                }
+            };
+            // The time being over is the usual end.
+            let _ = timeout(GROUP_TIME, gather).await;
+            Some(group)
+        })
+    }
+
+    fn commit(&mut self, group: Vec<Job>) -> Result<Vec<Answer>, GroupError> {
+        let store = match &mut self.store {
+            Some(store) => store,
+            none => none.insert(Store::open(&self.path)?),
+        };
+        let mut tx = store.begin()?;
+        let mut answers = Vec::with_capacity(group.len());
+        for job in group {
+            match (job.work)(&mut tx) {
+                Ok(answer) => answers.push(answer),
+                // SQLite gave up the whole transaction (disk full, I/O error).
+                Err(error) if tx.is_autocommit() => return Err(error.into()),
+                Err(error) => {
+                    tracing::error!(error = %error, hint = store::hint(&error), "one step could not be stored");
+                }
+            }
+        }
+        tx.commit()?;
+        Ok(answers)
+    }
+
+    fn failed(&mut self, error: &GroupError) {
+        // After a failed sync the kernel may have dropped what it did not write: start from the file.
+        self.store = None;
+        if !std::mem::replace(&mut self.state.store_fails, true) {
+            let hint = match error {
+                GroupError::Open(_) => None,
+                GroupError::Commit(error) => Some(store::hint(error)),
+            };
+            tracing::error!(
+                path = %self.path.display(), error = %error, cause = cause(error), hint,
+                "cannot store records; nothing is acknowledged, the agents keep them and send them again"
+            );
+        }
+    }
+
+    /// The logs of all seats, after a start: a crash may have left them behind the store.
+    fn catch_up(&mut self) {
+        let Some(store) = &self.store else { return };
+        match store::summaries(store.conn()) {
+            Ok(summaries) => self.state.behind.extend(summaries.iter().map(|summary| summary.agent.id)),
+            Err(error) => tracing::warn!(error = %error, "cannot look for logs that are behind"),
+        }
+        self.write_logs();
+        self.save_logs();
+    }
+
+    fn write_logs(&mut self) {
+        let Some(store) = &self.store else { return };
+        let mut failure = None;
+        for agent in std::mem::take(&mut self.state.behind) {
+            if let Err(error) = self.logs.update(store.conn(), agent) {
+                self.state.behind.insert(agent);
+                failure = Some(error);
+            }
+        }
+        self.note_logs(failure);
+        let now = clock::wall_ns();
+        if self.logs.is_unsaved() && now.abs_diff(self.state.saved_ns) >= SAVE_EVERY_NS as u64 {
+            self.save_logs();
+        }
+    }
+
+    fn save_logs(&mut self) {
+        self.state.saved_ns = clock::wall_ns();
+        let Some(store) = &mut self.store else { return };
+        let mut save = || -> Result<(), crate::seatlogs::SeatLogError> {
+            let tx = store.begin()?;
+            self.logs.save(&tx)?;
+            Ok(tx.commit()?)
+        };
+        if let Err(error) = save() {
+            self.note_logs(Some(error));
+        }
+    }
+
+    fn note_logs(&mut self, failure: Option<crate::seatlogs::SeatLogError>) {
+        match failure {
+            Some(error) if !std::mem::replace(&mut self.state.logs_fail, true) => {
+                tracing::error!(error = %error, cause = cause(&error), "readable logs are behind; the store has everything");
+            }
+            Some(_) => {}
+            None => {
+                if std::mem::take(&mut self.state.logs_fail) {
+                    tracing::info!("readable logs are complete again");
+                }
+            }
+        }
+    }
+}
+
+fn cause(error: &dyn std::error::Error) -> Option<String> {
+    error.source().map(ToString::to_string)
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::tz::TimeZone;
+
+    use super::*;
+    use crate::store::tests::Fixture;
+
+    fn count(conn: &Connection) -> i64 {
+        conn.query_row("SELECT count(*) FROM tokens", [], |row| row.get(0)).unwrap()
+    }
+
+    fn insert(id: u8) -> impl FnOnce(&Connection) -> rusqlite::Result<u8> + Send + 'static {
+        move |conn| {
+            conn.execute("INSERT INTO tokens VALUES (?1, x'', 0, 0, 1, 1)", [[id].as_slice()])?;
+            Ok(id)
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn an_answer_comes_after_the_commit_and_a_failing_step_does_not_hurt_its_group() {
+        let room = Fixture::new();
+        let path = room.path().join("store.sqlite");
+        let logs = SeatLogs::new(room.path().join("logs"), TimeZone::UTC);
+        let (writer, thread) =
+            Writer::spawn(path.clone(), Store::open(&path).unwrap(), logs, Handle::current()).unwrap();
+        let half_done = |conn: &Connection| {
+            insert(9)(conn)?;
+            insert(9)(conn)
+        };
+        let (one, broken, two) = tokio::join!(
+            writer.run(None, insert(1)),
+            writer.run(None, half_done),
+            writer.run(None, insert(2))
+        );
+        assert_eq!((one, broken, two), (Ok(1), Err(Unavailable), Ok(2)));
+        assert_eq!(count(room.conn()), 2);
+        drop(writer);
+        thread.join().unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_full_disk_acknowledges_nothing_and_the_next_group_goes_on() {
+        let room = Fixture::new();
+        let path = room.path().join("store.sqlite");
+        let store = Store::open(&path).unwrap();
+        // SQLite's own limit gives the same error as a full disk; it ends when the file is opened anew.
+        let pages: i64 = store.conn().pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
+        store.conn().pragma_update_and_check(None, "max_page_count", pages, |_| Ok(())).unwrap();
+        let logs = SeatLogs::new(room.path().join("logs"), TimeZone::UTC);
+        let (writer, thread) = Writer::spawn(path, store, logs, Handle::current()).unwrap();
+        let large = |conn: &Connection| {
+            conn.execute("INSERT INTO tokens VALUES (x'07', zeroblob(100000), 0, 0, 1, 1)", [])
+        };
+        let (small, full) = tokio::join!(writer.run(None, insert(1)), writer.run(None, large));
+        assert_eq!(full, Err(Unavailable));
+        assert_eq!(count(room.conn()), i64::from(small.is_ok()), "acknowledged is what is there");
+        assert_eq!(writer.run(None, large).await, Ok(1));
+        assert_eq!(writer.run(None, insert(2)).await, Ok(2));
+        drop(writer);
+        thread.join().unwrap();
+    }
+}

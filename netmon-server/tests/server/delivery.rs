@@ -1,0 +1,316 @@
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::mpsc;
+
+use netmon_common::wire::{ToAgent, VERSION};
+
+use crate::harness::*;
+
+const EPOCH: u64 = u64::MAX - 5;
+
+struct Room {
+    data: tempfile::TempDir,
+    server: Option<Server>,
+}
+
+impl Room {
+    fn new() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        success(data.path(), &["init"]);
+        let server = Some(Server::start(data.path()));
+        Self { data, server }
+    }
+
+    fn path(&self) -> &Path {
+        self.data.path()
+    }
+
+    fn server(&self) -> &Server {
+        self.server.as_ref().unwrap()
+    }
+
+    async fn agent(&self, hostname: &str) -> Agent {
+        Agent::enrol(&token(self.path(), self.server(), &[]), hostname).await.unwrap()
+    }
+
+    fn kill_and_restart(&mut self) {
+        self.server.take().unwrap().kill();
+        self.server = Some(Server::start(self.path()));
+    }
+
+    fn numbers(&self, seat: &str) -> Vec<u64> {
+        numbers(&success(self.path(), &["log", seat]))
+    }
+
+    fn file(&self, seat: &str, name: &str) -> String {
+        std::fs::read_to_string(self.path().join("logs").join(seat).join(name)).unwrap()
+    }
+}
+
+fn ack(seq: u64) -> Result<ToAgent, String> {
+    Ok(ToAgent::Ack { epoch: EPOCH, seq })
+}
+
+#[tokio::test]
+async fn what_is_acknowledged_is_in_the_log_once_however_often_it_is_sent() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, next) = agent.deliver(room.server(), EPOCH).await;
+    assert_eq!(next, 1);
+    assert_eq!(session.batch(EPOCH, 1..=3).await, ack(3));
+    assert_eq!(session.batch(EPOCH, 1..=3).await, ack(3));
+    drop(session);
+    let (mut session, next) = agent.deliver(room.server(), EPOCH).await;
+    assert_eq!(next, 4);
+    assert_eq!(session.batch(EPOCH, 2..=5).await, ack(5));
+    assert_eq!(room.numbers("pc"), [1, 2, 3, 4, 5]);
+    let log = success(room.path(), &["log", "pc"]);
+    assert!(log.lines().all(|line| line.contains(" (received late, 20")), "{log}");
+    assert_eq!(numbers(&success(room.path(), &["log", "pc", "--lines", "2"])), [4, 5]);
+    assert!(success(room.path(), &["log", "pc", "--usb"]).is_empty());
+}
+
+#[tokio::test]
+async fn a_batch_out_of_order_is_asked_for_again_and_the_connection_goes_on() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    assert_eq!(session.batch(EPOCH, 3..=4).await, Ok(ToAgent::Resume { next_seq: 1 }));
+    assert_eq!(session.batch(EPOCH, 1..=4).await, ack(4));
+    assert_eq!(room.numbers("pc"), [1, 2, 3, 4]);
+}
+
+#[tokio::test]
+async fn records_that_never_came_are_a_gap_at_their_place() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=2).await.unwrap();
+    let welcome = session.hello(EPOCH, 9).await;
+    assert_eq!(welcome, Ok(ToAgent::Welcome { version: VERSION, next_seq: 9 }));
+    assert_eq!(session.batch(EPOCH, 9..=9).await, ack(9));
+    assert_eq!(room.numbers("pc"), [1, 2, 0, 9]);
+    let usb = success(room.path(), &["log", "pc", "--usb"]);
+    assert!(usb.contains("GAP from") && usb.contains("never came from this PC, 6 records"), "{usb}");
+    let agents = success(room.path(), &["agents"]);
+    assert!(agents.contains("1 (6 records)") && agents.contains("connected since"), "{agents}");
+}
+
+#[tokio::test]
+async fn an_agent_drains_an_older_epoch_before_it_goes_on() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), 1).await;
+    session.batch(1, 1..=2).await.unwrap();
+    let welcome = session.hello(EPOCH, 1).await;
+    assert_eq!(welcome, Ok(ToAgent::Welcome { version: VERSION, next_seq: 1 }));
+    assert_eq!(session.batch(EPOCH, 1..=1).await, ack(1));
+    assert_eq!(room.numbers("pc"), [1, 2, 1]);
+}
+
+#[tokio::test]
+async fn who_breaks_the_protocol_is_closed_and_the_others_go_on() {
+    let room = Room::new();
+    let (good, bad) = (room.agent("good").await, room.agent("bad").await);
+    let (mut honest, _) = good.deliver(room.server(), EPOCH).await;
+    honest.batch(EPOCH, 1..=1).await.unwrap();
+
+    let (mut session, _) = bad.deliver(room.server(), EPOCH).await;
+    session.raw(&[0xff; 64]).await;
+    let reason = session.closed().await;
+    assert!(reason.contains("outside 1..="), "{reason}");
+
+    let (mut session, _) = bad.deliver(room.server(), EPOCH).await;
+    session.raw(&oversized_frame()).await;
+    assert!(session.closed().await.contains("outside 1..="));
+
+    let (mut session, _) = bad.deliver(room.server(), EPOCH).await;
+    session.raw(&[1, 0, 0, 0, 0, 0, 0, 0, 7]).await;
+    assert!(session.closed().await.contains("checksum"));
+
+    let (mut session, _) = bad.deliver(room.server(), EPOCH).await;
+    session.send_batch(EPOCH - 1, 1..=1).await.unwrap();
+    assert!(session.closed().await.contains("without a hello"));
+
+    let mut session = bad.connect(room.server()).await.unwrap();
+    session.send_batch(EPOCH, 1..=1).await.unwrap();
+    assert!(session.closed().await.contains("without a hello"));
+
+    room.server().says("faults=5");
+    assert_eq!(honest.batch(EPOCH, 2..=2).await, ack(2));
+    assert_eq!(room.numbers("good"), [1, 2]);
+    assert!(room.numbers("bad").is_empty());
+}
+
+#[tokio::test]
+async fn a_batch_with_one_broken_record_is_refused_as_a_whole() {
+    use netmon_common::wire::{BatchBuilder, ToServer, encode_frame};
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    for second in [record(7).to_bytes().unwrap(), b"garbage".to_vec()] {
+        let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+        let mut batch = BatchBuilder::default();
+        assert!(batch.push(&record(1).to_bytes().unwrap()) && batch.push(&second));
+        let batch = ToServer::Batch(batch.finish(EPOCH, 1).unwrap());
+        session.raw(&encode_frame(&batch).unwrap()).await;
+        let reason = session.closed().await;
+        assert!(reason.contains("protocol error"), "{reason}");
+    }
+    assert!(room.numbers("pc").is_empty());
+}
+
+#[tokio::test]
+async fn another_version_of_the_protocol_is_refused_with_a_reason() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let mut session = agent.connect(room.server()).await.unwrap();
+    let Ok(ToAgent::Refused { reason }) = session.hello_of_version(VERSION + 1, EPOCH, 1).await else {
+        panic!("not refused")
+    };
+    assert!(reason.escaped().to_string().contains("speaks version 2"), "{reason:?}");
+}
+
+#[tokio::test]
+async fn everything_acknowledged_survives_sigkill_and_the_rest_comes_once() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    let mut next = 1;
+    for round in 0..4 {
+        let (mut session, expected) = agent.deliver(room.server(), EPOCH).await;
+        assert!(expected >= next, "round {round}: {next} was acknowledged, {expected} is expected");
+        for _ in 0..5 {
+            // Overlaps on purpose.
+            let first = next.saturating_sub(3).max(1);
+            assert_eq!(session.batch(EPOCH, first..=next + 9).await, ack(next + 9));
+            next += 10;
+        }
+        // Sent, never acknowledged: it may be in the store or not.
+        session.send_batch(EPOCH, next..=next + 9).await.unwrap();
+        room.kill_and_restart();
+    }
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    assert_eq!(session.batch(EPOCH, next - 5..=next + 9).await, ack(next + 9));
+    let all: Vec<u64> = (1..=next + 9).collect();
+    assert_eq!(room.numbers("pc"), all);
+    drop(session);
+    // The readable log is complete when the server has ended in good order.
+    assert_eq!(room.server.take().unwrap().stop(), 0);
+    assert_eq!(numbers(&room.file("pc", "log.txt")), all);
+}
+
+#[tokio::test]
+async fn sigterm_says_goodbye_and_exits_with_success() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=1).await.unwrap();
+    assert_eq!(room.server.take().unwrap().stop(), 0);
+    assert!(session.closed().await.contains("the server is stopping"));
+    let agents = success(room.path(), &["agents"]);
+    assert!(agents.contains("last seen"), "{agents}");
+}
+
+#[tokio::test]
+async fn a_certificate_of_somebody_else_is_refused_in_the_handshake() {
+    let room = Room::new();
+    let stranger = room.agent("pc").await.with_own_certificate();
+    let result = match stranger.connect(room.server()).await {
+        // In TLS 1.3 the client learns of it after its own handshake is done.
+        Ok(mut session) => session.hello(EPOCH, 1).await.map(|_| ()),
+        Err(error) => Err(error),
+    };
+    assert!(result.is_err());
+    room.server().says("refused in the handshake");
+}
+
+#[tokio::test]
+async fn a_revoked_agent_is_cut_off_at_once_and_not_let_in_again() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=1).await.unwrap();
+    let said = success(room.path(), &["revoke", "pc"]);
+    assert!(said.contains("seat pc is revoked"), "{said}");
+    assert!(session.closed().await.contains("revoked"));
+    let mut session = agent.connect(room.server()).await.unwrap();
+    let Ok(ToAgent::Refused { reason }) = session.hello(EPOCH, 1).await else { panic!("let in again") };
+    assert!(reason.escaped().to_string().contains("revoked"), "{reason:?}");
+    assert_eq!(room.numbers("pc"), [1]);
+}
+
+#[tokio::test]
+async fn the_newest_connection_of_an_identity_wins() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut older, _) = agent.deliver(room.server(), EPOCH).await;
+    older.batch(EPOCH, 1..=1).await.unwrap();
+    let (mut newer, next) = agent.deliver(room.server(), EPOCH).await;
+    assert_eq!(next, 2);
+    assert!(older.closed().await.contains("connected again"));
+    assert_eq!(newer.batch(EPOCH, 2..=2).await, ack(2));
+    room.server().says("the same identity connected again");
+    let agents = success(room.path(), &["agents", "--json"]);
+    assert!(agents.contains("\"connected\": true"), "{agents}");
+}
+
+#[tokio::test]
+async fn follow_shows_events_as_they_arrive() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=2).await.unwrap();
+    let arguments = ["log", "pc", "--follow", "--lines", "1"];
+    let mut follower = command(room.path(), &arguments).stdout(Stdio::piped()).spawn().unwrap();
+    let stdout = BufReader::new(follower.stdout.take().unwrap());
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    assert_eq!(numbers(&wait_for(&lines, "")), [2]);
+    for seq in 3..=5 {
+        session.batch(EPOCH, seq..=seq).await.unwrap();
+        assert_eq!(numbers(&wait_for(&lines, "")), [seq]);
+    }
+    follower.kill().unwrap();
+    follower.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_server_on_every_address_is_reached_by_ipv4_too() {
+    let data = tempfile::tempdir().unwrap();
+    success(data.path(), &["init"]);
+    let mut server = Server::start_on(data.path(), "[::]:0");
+    for address in [&mut server.events, &mut server.enrolment] {
+        address.set_ip([127, 0, 0, 1].into());
+    }
+    let agent = Agent::enrol(&token(data.path(), &server, &[]), "pc").await.unwrap();
+    let (mut session, _) = agent.deliver(&server, EPOCH).await;
+    assert_eq!(session.batch(EPOCH, 1..=1).await, ack(1));
+    // Callers are shown by their IPv4 addresses.
+    server.says("address=127.0.0.1:");
+}
+
+#[tokio::test]
+async fn nobody_is_connected_to_a_server_that_was_killed() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=1).await.unwrap();
+    assert!(success(room.path(), &["agents"]).contains("connected since"));
+    room.server.take().unwrap().kill();
+    let agents = success(room.path(), &["agents"]);
+    assert!(agents.contains("last seen") && !agents.contains("connected since"), "{agents}");
+}
+
+#[tokio::test]
+async fn a_spool_that_was_set_back_is_refused_rather_than_lost_in_silence() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=3).await.unwrap();
+    let mut other = record(3);
+    other.run = 2;
+    session.send_records(EPOCH, &[other]).await.unwrap();
+    let reason = session.closed().await;
+    assert!(reason.contains("set back"), "{reason}");
+    assert_eq!(room.numbers("pc"), [1, 2, 3]);
+}

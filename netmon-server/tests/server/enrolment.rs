@@ -1,0 +1,73 @@
+use netmon_common::enroll::Reply;
+
+use crate::harness::*;
+
+fn initialised() -> tempfile::TempDir {
+    let data = tempfile::tempdir().unwrap();
+    success(data.path(), &["init"]);
+    data
+}
+
+#[tokio::test]
+async fn a_token_enrols_one_pc_and_then_no_other() {
+    let data = initialised();
+    let server = Server::start(data.path());
+    let token = token(data.path(), &server, &[]);
+    let agent = Agent::enrol(&token, "lab pc/1").await.unwrap();
+    assert_eq!(agent.seat(), "lab-pc-1");
+    assert_eq!(agent.granted.event_port, server.events.port());
+    let refused = Agent::enrol(&token, "other").await.err().unwrap();
+    assert!(refused.contains("already used 1 of 1 times"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_token_for_many_enrols_many_under_labels_of_their_own() {
+    let data = initialised();
+    let server = Server::start(data.path());
+    let token = token(data.path(), &server, &["--uses", "3"]);
+    let enrolments = [1, 2, 3, 4].map(|_| Agent::enrol(&token, "ubuntu"));
+    let [a, b, c, d] = enrolments;
+    let (a, b, c, d) = tokio::join!(a, b, c, d);
+    let mut seats: Vec<_> = [a, b, c, d].into_iter().flatten().map(|agent| agent.seat()).collect();
+    seats.sort();
+    assert_eq!(seats, ["ubuntu", "ubuntu-2", "ubuntu-3"]);
+}
+
+#[tokio::test]
+async fn an_expired_token_and_one_that_was_never_made_say_so() {
+    let data = initialised();
+    let server = Server::start(data.path());
+    let expired = token(data.path(), &server, &["--ttl", "1ms"]);
+    let refused = Agent::enrol(&expired, "pc").await.err().unwrap();
+    assert!(refused.contains("expired at"), "{refused}");
+    let good = token(data.path(), &server, &[]);
+    let flipped = if good.ends_with('0') { "1" } else { "0" };
+    let wrong = format!("{}{flipped}", &good[..good.len() - 1]);
+    let refused = Agent::enrol(&wrong, "pc").await.err().unwrap();
+    assert!(refused.contains("not known to this server"), "{refused}");
+    Agent::enrol(&good, "pc").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_with_another_ca_is_not_spoken_to() {
+    let (data, other_data) = (initialised(), initialised());
+    let (server, other) = (Server::start(data.path()), Server::start(other_data.path()));
+    let token = token(data.path(), &server, &[]);
+    let diverted = token.replace(&server.enrolment.to_string(), &other.enrolment.to_string());
+    let error = Agent::enrol(&diverted, "pc").await.err().unwrap();
+    assert!(error.contains("the pinned CA is not shown"), "{error}");
+    Agent::enrol(&token, "pc").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_without_a_proper_key_is_refused_and_costs_no_use() {
+    let data = initialised();
+    let server = Server::start(data.path());
+    let token = token(data.path(), &server, &[]);
+    let Ok(Reply::Refused { reason }) = enrol_with(&token, "pc", b"garbage".to_vec()).await else {
+        panic!("garbage was signed")
+    };
+    assert!(reason.escaped().to_string().contains("does not parse"), "{reason:?}");
+    assert!(enrol_with(&token, "pc", vec![0; 100_000]).await.is_err(), "a request of 100 kB was read");
+    Agent::enrol(&token, "pc").await.unwrap();
+}
