@@ -5,8 +5,16 @@
 //! [`run`] moves data between them.
 
 pub mod clock;
+pub mod config;
+pub mod filter;
+pub mod flows;
 pub mod identity;
+pub mod journal;
 pub mod kernel;
+pub mod ledger;
+pub mod links;
 pub mod spool;
+pub mod status;
+pub mod transfers;
 pub mod uplink;
 pub mod usb;

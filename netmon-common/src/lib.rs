@@ -5,7 +5,7 @@
 //! * [`model`]: the events that an agent records
 //! * [`wire`]: agent ↔ server: frames, batches, acknowledgements
 //! * [`enroll`]: the one-line token and the enrolment conversation
-//! * [`prefixes`]: `ip.txt`
+//! * [`prefixes`][]: `ip.txt`
 //! * [`logline`]: one event → one line of text
 //!
 //! Nothing in here does I/O, asks for the time, or knows an async runtime.

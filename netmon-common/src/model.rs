@@ -223,10 +223,8 @@ pub enum EndReason {
     Silence,
     /// The agent was stopped while it went on.
     AgentStopped,
-    /// The device, or the interface, is gone.
+    /// The device is gone.
     DeviceRemoved,
-    /// The counterpart is muted since a new filter list came.
-    Muted,
 }
 
 /// The three ways data moves.
@@ -412,6 +410,10 @@ pub enum GapReason {
     NeverReceived,
     /// The PC's own log could not be written. Count: lines.
     LogUnwritable,
+    /// An interface that was to be watched cannot be. Count: unknown.
+    InterfaceNotWatched,
+    /// A USB disk is there whose I/O counters cannot be read. Count: disks.
+    UsbDiskNotMeasured,
 }
 
 /// The filter list (`ip.txt`).

@@ -10,4 +10,5 @@ pub mod lines;
 pub mod netmon;
 pub mod room;
 pub mod traffic;
+pub mod udev_inject;
 pub mod wait;

@@ -1,0 +1,227 @@
+//! Follows the PC's interfaces and addresses (rtnetlink).
+//!
+//! A notification only says *that* something changed: the whole list is then read anew, so that a lost
+//! notification can never leave a wrong picture for long ([`RESYNC`]).
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use futures_util::{StreamExt, TryStreamExt};
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use ipnet::IpNet;
+use netmon_common::raw::Raw;
+use rtnetlink::MulticastGroup;
+use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkLayerType};
+use tokio::sync::mpsc;
+
+/// The list is read at least this often, whatever the notifications say.
+pub const RESYNC: Duration = Duration::from_secs(30);
+/// Notifications come in bursts; the list is read once they pause this long, well within the second that a new
+/// interface may take.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// One interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Kernel's index.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// True when frames begin with an Ethernet header.
+    pub ethernet: bool,
+    /// True when a bus device stands behind it: not a bridge, bond, VLAN, veth or tunnel on top of others.
+    pub device: bool,
+    /// Its prefixes: whoever is in them can be reached without a router.
+    pub on_link: Vec<IpNet>,
+}
+
+/// Why interfaces cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum LinksError {
+    /// No netlink socket.
+    #[error("cannot open a netlink socket to follow the interfaces")]
+    Open(#[source] std::io::Error),
+    /// The kernel did not list them.
+    #[error("the kernel did not list the interfaces")]
+    List(#[source] rtnetlink::Error),
+}
+
+/// Lists the interfaces of this network namespace by index.
+///
+/// # Errors
+/// [`LinksError`] when netlink does not answer.
+pub async fn list() -> Result<Vec<Link>, LinksError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(LinksError::Open)?;
+    let connection = tokio::spawn(connection);
+    let links = list_with(&handle).await;
+    connection.abort();
+    links
+}
+
+/// Sends the list now and whenever it changes, until the receiver is dropped.
+///
+/// # Errors
+/// [`LinksError`] when the notifications cannot be subscribed to or a listing fails; the caller starts again.
+pub async fn follow(changes: mpsc::Sender<Vec<Link>>) -> Result<(), LinksError> {
+    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let (connection, handle, mut messages) =
+        rtnetlink::new_multicast_connection(&groups).map_err(LinksError::Open)?;
+    let connection = tokio::spawn(connection);
+    let mut known = None;
+    loop {
+        let links = list_with(&handle).await?;
+        if known.as_ref() != Some(&links) {
+            known = Some(links.clone());
+            if changes.send(links).await.is_err() {
+                connection.abort();
+                return Ok(());
+            }
+        }
+        // Whatever the message says, a lost one (overrun) included: the list is read again.
+        if let Ok(Some(_)) = tokio::time::timeout(RESYNC, messages.next()).await {
+            while let Ok(Some(_)) = tokio::time::timeout(SETTLE, messages.next()).await {}
+        }
+    }
+}
+
+async fn list_with(handle: &rtnetlink::Handle) -> Result<Vec<Link>, LinksError> {
+    let mut links = BTreeMap::new();
+    let mut stream = Box::pin(handle.link().get().execute());
+    while let Some(message) = stream.try_next().await.map_err(LinksError::List)? {
+        let name = message.attributes.into_iter().find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name),
+            _ => None,
+        });
+        let Some(name) = name else { continue };
+        let index = message.header.index;
+        let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
+        let device = Path::new("/sys/class/net").join(&name).join("device").exists();
+        links.insert(index, Link { index, name, ethernet, device, on_link: Vec::new() });
+    }
+    let mut stream = Box::pin(handle.address().get().execute());
+    while let Some(message) = stream.try_next().await.map_err(LinksError::List)? {
+        // IFA_LOCAL is ours where the link is point-to-point; IFA_ADDRESS is the prefix in both cases.
+        let address = message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        });
+        let prefix = address.and_then(|address| on_link(address, message.header.prefix_len));
+        if let (Some(link), Some(prefix)) = (links.get_mut(&message.header.index), prefix)
+            && !link.on_link.contains(&prefix)
+        {
+            link.on_link.push(prefix);
+        }
+    }
+    for link in links.values_mut() {
+        link.on_link.sort();
+    }
+    Ok(links.into_values().collect())
+}
+
+fn on_link(address: IpAddr, length: u8) -> Option<IpNet> {
+    let prefix = IpNet::new(address, length).ok()?.trunc();
+    let single = prefix.prefix_len() == prefix.max_prefix_len();
+    (!single && length > 0 && !address.is_loopback()).then_some(prefix)
+}
+
+/// Which interfaces to watch: names, globs (`usb*`), or [`Choice::AUTO`].
+#[derive(Clone, Debug)]
+pub struct Choice {
+    auto: bool,
+    names: Vec<String>,
+    globs: GlobSet,
+}
+
+impl Choice {
+    /// Every Ethernet-like interface with a bus device behind it: a packet that crosses a bridge, bond, VLAN or
+    /// tunnel crosses one of these too, and would otherwise be counted twice.
+    pub const AUTO: &str = "auto";
+
+    /// Reads the patterns.
+    ///
+    /// # Errors
+    /// The pattern that is not one, and why.
+    pub fn new(patterns: &[String]) -> Result<Self, String> {
+        let mut choice = Self { auto: false, names: Vec::new(), globs: GlobSet::empty() };
+        let mut globs = GlobSetBuilder::new();
+        for pattern in patterns {
+            if pattern == Self::AUTO {
+                choice.auto = true;
+            } else if pattern.contains(['*', '?', '[', '{']) {
+                globs.add(Glob::new(pattern).map_err(|error| error.to_string())?);
+            } else if pattern.is_empty() || pattern.len() > 15 || pattern.contains('/') {
+                let shown = Raw::from(pattern.as_str());
+                return Err(format!("`{}` cannot be an interface's name", shown.escaped()));
+            } else {
+                choice.names.push(pattern.clone());
+            }
+        }
+        choice.globs = globs.build().map_err(|error| error.to_string())?;
+        Ok(choice)
+    }
+
+    /// True when this interface is to be watched. The loopback never is.
+    pub fn wants(&self, link: &Link) -> bool {
+        link.name != "lo"
+            && (self.auto && link.device && link.ethernet
+                || self.names.contains(&link.name)
+                || self.globs.is_match(&link.name))
+    }
+
+    /// Names that were asked for and do not exist.
+    pub fn missing<'a>(&'a self, links: &'a [Link]) -> impl Iterator<Item = &'a str> {
+        self.names.iter().map(String::as_str).filter(|name| links.iter().all(|link| link.name != *name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(name: &str, device: bool) -> Link {
+        Link { index: 1, name: name.into(), ethernet: true, device, on_link: Vec::new() }
+    }
+
+    fn choice(patterns: &[&str]) -> Choice {
+        let patterns: Vec<_> = patterns.iter().map(|p| (*p).to_owned()).collect();
+        Choice::new(&patterns).unwrap()
+    }
+
+    #[test]
+    fn auto_takes_what_has_a_device_behind_it() {
+        let auto = choice(&["auto"]);
+        assert!(auto.wants(&link("enp3s0", true)));
+        assert!(!auto.wants(&link("br0", false)));
+        assert!(!auto.wants(&Link { ethernet: false, ..link("wwan0", true) }));
+    }
+
+    #[test]
+    fn names_and_globs_take_what_they_name_and_never_the_loopback() {
+        let some = choice(&["lan0", "usb*"]);
+        assert!(some.wants(&link("lan0", false)) && some.wants(&link("usb7", true)));
+        assert!(!some.wants(&link("eth0", true)));
+        assert!(!choice(&["*"]).wants(&link("lo", false)));
+        let links = [link("usb0", true)];
+        assert_eq!(some.missing(&links).collect::<Vec<_>>(), ["lan0"]);
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_is_refused() {
+        for bad in ["", "a/b", "sixteen-letters-", "usb[*"] {
+            assert!(Choice::new(&[bad.to_owned()]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn single_addresses_and_loopback_are_no_neighbourhood() {
+        let on_link =
+            |address: &str, length| on_link(address.parse().unwrap(), length).map(|p| p.to_string());
+        assert_eq!(on_link("10.77.0.11", 24), Some("10.77.0.0/24".into()));
+        assert_eq!(on_link("2001:db8::1", 64), Some("2001:db8::/64".into()));
+        assert_eq!(on_link("10.77.0.11", 32), None);
+        assert_eq!(on_link("127.0.0.1", 8), None);
+    }
+}

@@ -1,0 +1,256 @@
+//! What the running agent says of itself: `<runtime>/status.json`, written anew every second.
+//!
+//! A file, not a socket: it can be read by anything, and a file that grows old shows that nobody watches.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use netmon_common::model::{Coverage, Interface};
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Now;
+
+/// An agent that did not write for this long is not watching.
+pub const STALE_NS: u64 = 5_000_000_000;
+
+/// `status.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// `watching`, or why not.
+    pub state: State,
+    /// The agent's version.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// How often it had been started with this spool.
+    pub run: u32,
+    /// When this was written, boot clock.
+    pub updated_boot_ns: u64,
+    /// When this was written, wall clock.
+    pub updated_wall_ns: i64,
+    /// What is watched, by name.
+    pub interfaces: Vec<WatchedInterface>,
+    /// Interfaces that were chosen and cannot be watched, with the reason.
+    pub failed_interfaces: Vec<String>,
+    /// Where the filter list comes from.
+    pub filter: String,
+    /// The connection to the server.
+    pub server: String,
+    /// Bytes that wait in the spool.
+    pub spool_bytes: u64,
+    /// Counters as in the last "still watching" record.
+    pub counters: Counters,
+}
+
+/// Whether transfers can be seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// At least one interface is watched.
+    Watching,
+    /// No interface is there to be watched.
+    NoInterface,
+}
+
+/// An interface and how its packets are seen.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WatchedInterface {
+    /// Name, escaped.
+    pub name: String,
+    /// Index.
+    pub index: u32,
+    /// Hook.
+    pub hook: String,
+}
+
+impl From<&Interface> for WatchedInterface {
+    fn from(interface: &Interface) -> Self {
+        Self {
+            name: interface.name.escaped().to_string(),
+            index: interface.index,
+            hook: format!("{:?}", interface.hook).to_lowercase(),
+        }
+    }
+}
+
+/// Totals of this run; see [`Coverage`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the fields are those of `Coverage`")]
+pub struct Counters {
+    pub usb: bool,
+    pub flows: u64,
+    pub transfers: u64,
+    pub seen: u64,
+    pub counted: u64,
+    pub not_ip: u64,
+    pub other_protocol: u64,
+    pub malformed: u64,
+    pub table_full: u64,
+    pub ring_full: u64,
+    pub backlog: u64,
+    pub spool_lost: u64,
+}
+
+impl From<&Coverage> for Counters {
+    fn from(c: &Coverage) -> Self {
+        Self {
+            usb: c.usb,
+            flows: c.flows,
+            transfers: c.transfers,
+            seen: c.seen,
+            counted: c.counted,
+            not_ip: c.not_ip,
+            other_protocol: c.other_protocol,
+            malformed: c.malformed,
+            table_full: c.table_full,
+            ring_full: c.ring_full,
+            backlog: c.backlog,
+            spool_lost: c.spool_lost,
+        }
+    }
+}
+
+/// Why the status cannot be told.
+#[derive(Debug, thiserror::Error)]
+pub enum StatusError {
+    /// There is no file.
+    #[error("no agent is running here ({} is missing): start it with `netmon-agent run`", .0.display())]
+    NotRunning(PathBuf),
+    /// The file cannot be read.
+    #[error("cannot read {}", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not a status.
+    #[error("{} is not a status of this netmon", file.display())]
+    Malformed {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Nobody has written for a while.
+    #[error(
+        "the agent (process {pid}) last reported {seconds} s ago: it is not running or held up, nothing is watched"
+    )]
+    Stale {
+        /// Process that wrote last.
+        pid: u32,
+        /// Seconds since.
+        seconds: u64,
+    },
+}
+
+fn file(runtime: &Path) -> PathBuf {
+    runtime.join("status.json")
+}
+
+/// Replaces the status.
+///
+/// # Errors
+/// What the file system said.
+pub fn write(runtime: &Path, status: &Status) -> io::Result<()> {
+    let new = runtime.join("status.json.new");
+    std::fs::write(&new, serde_json::to_vec(status)?)?;
+    std::fs::rename(new, file(runtime))
+}
+
+/// Takes the status away: the agent ends in good order.
+pub fn remove(runtime: &Path) {
+    if let Err(error) = std::fs::remove_file(file(runtime)) {
+        tracing::debug!(%error, "no status to remove");
+    }
+}
+
+/// The status of the agent that runs now.
+///
+/// # Errors
+/// [`StatusError`] says why nothing is known, or that nobody watches.
+pub fn read(runtime: &Path, now: &Now) -> Result<Status, StatusError> {
+    let file = file(runtime);
+    let bytes = match std::fs::read(&file) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(StatusError::NotRunning(file)),
+        Err(source) => return Err(StatusError::Read { file, source }),
+    };
+    let status: Status =
+        serde_json::from_slice(&bytes).map_err(|source| StatusError::Malformed { file, source })?;
+    // A boot time from before a reboot may lie in the future.
+    let age = now.boot_ns.abs_diff(status.updated_boot_ns);
+    if age > STALE_NS {
+        return Err(StatusError::Stale { pid: status.pid, seconds: age / 1_000_000_000 });
+    }
+    Ok(status)
+}
+
+impl Status {
+    /// For people.
+    pub fn describe(&self) -> String {
+        let c = &self.counters;
+        let interfaces: Vec<_> = self.interfaces.iter().map(|i| format!("{} ({})", i.name, i.hook)).collect();
+        let watching = match self.state {
+            State::Watching => format!("watching {}", interfaces.join(", ")),
+            State::NoInterface => "NOT WATCHING: no interface is there to be watched".to_owned(),
+        };
+        let mut text = format!("netmon-agent {}, process {}, run {}\n", self.version, self.pid, self.run);
+        text += &format!("state     {watching}\n");
+        for failed in &self.failed_interfaces {
+            text += &format!("          CANNOT WATCH {failed}\n");
+        }
+        text += &format!("usb       {}\n", if c.usb { "watched" } else { "NOT WATCHED" });
+        text += &format!("server    {}\n", self.server);
+        text +=
+            &format!("spool     {} records wait, {} B, {} lost\n", c.backlog, self.spool_bytes, c.spool_lost);
+        text += &format!("filter    {}\n", self.filter);
+        text += &format!("now       {} transfers, {} flows\n", c.transfers, c.flows);
+        text += &format!(
+            "frames    {} seen, {} counted, {} not IP, {} other protocols\n",
+            c.seen, c.counted, c.not_ip, c.other_protocol
+        );
+        text += &format!(
+            "lost      {} malformed, {} table full, {} ring full\n",
+            c.malformed, c.table_full, c.ring_full
+        );
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(updated_boot_ns: u64) -> Status {
+        Status {
+            state: State::Watching,
+            version: "0.1.0".into(),
+            pid: 7,
+            run: 1,
+            updated_boot_ns,
+            updated_wall_ns: 0,
+            interfaces: Vec::new(),
+            failed_interfaces: Vec::new(),
+            filter: String::new(),
+            server: String::new(),
+            spool_bytes: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    #[test]
+    fn a_status_that_grew_old_says_that_nothing_is_watched() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |seconds: u64| Now { boot_ns: seconds * 1_000_000_000, wall_ns: 0 };
+        assert!(matches!(read(directory.path(), &at(1)), Err(StatusError::NotRunning(_))));
+        write(directory.path(), &status(10_000_000_000)).unwrap();
+        assert_eq!(read(directory.path(), &at(15)).unwrap().pid, 7);
+        assert!(matches!(read(directory.path(), &at(16)), Err(StatusError::Stale { pid: 7, seconds: 6 })));
+        assert!(matches!(read(directory.path(), &at(1)), Err(StatusError::Stale { .. })));
+        std::fs::write(directory.path().join("status.json"), "{}").unwrap();
+        assert!(matches!(read(directory.path(), &at(1)), Err(StatusError::Malformed { .. })));
+    }
+}

@@ -1,0 +1,310 @@
+//! The thread behind [`super::UsbWatch`]: one loop that moves messages and samples to where they are decided on.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use netmon_common::model::{Disk, Event, Gap, GapReason};
+use netmon_common::raw::Raw;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use tokio::sync::mpsc;
+
+use super::devices::Devices;
+use super::disks::SAMPLE_PERIOD;
+use super::message::{Action, Kind, Message};
+use super::monitor::{Monitor, Received, Source, list};
+use super::sampler::{CountFrom, Sampled, Sampler};
+use super::{Options, UsbOutput};
+use crate::clock::Now;
+
+/// Between two looks at whether udevd has come or gone, and between two attempts to watch.
+const CHECK_PERIOD: Duration = Duration::from_secs(2);
+
+/// Most messages that are taken before disks get their turn.
+const BATCH: usize = 256;
+
+/// The other end of the queue was dropped: the watch is over.
+struct Dropped;
+
+pub(super) struct Follower {
+    options: Options,
+    outputs: mpsc::Sender<UsbOutput>,
+    stop: Arc<OwnedFd>,
+    devices: Devices,
+    sampler: Sampler,
+    monitor: Option<Monitor>,
+    /// Messages were lost and the devices were not listed since.
+    lost: bool,
+    /// False until the devices were listed for the first time.
+    started: bool,
+    /// What the listener was told last.
+    watching: Option<bool>,
+    /// The last time at which nothing was missed: a gap found now began then.
+    complete_until: Now,
+    checked: Now,
+    sampled: Now,
+}
+
+impl Follower {
+    pub(super) fn new(options: Options, outputs: mpsc::Sender<UsbOutput>, stop: Arc<OwnedFd>) -> Self {
+        let now = Now::read();
+        Self {
+            options,
+            outputs,
+            stop,
+            devices: Devices::default(),
+            sampler: Sampler::default(),
+            monitor: None,
+            lost: false,
+            started: false,
+            watching: None,
+            complete_until: now,
+            checked: now,
+            sampled: now,
+        }
+    }
+
+    /// Runs until the watch is dropped.
+    pub(super) fn run(mut self) {
+        if let Err(Dropped) = self.follow() {
+            tracing::debug!("the USB watch was dropped");
+        }
+    }
+
+    fn follow(&mut self) -> Result<(), Dropped> {
+        self.connect(Source::available())?;
+        while !self.wait() {
+            self.drain()?;
+            self.check_source()?;
+            self.sample()?;
+        }
+        Ok(())
+    }
+
+    /// Waits for messages, the next sample or the next check. True when it is time to stop.
+    fn wait(&self) -> bool {
+        let now = Now::read();
+        let mut left = if self.lost { Duration::ZERO } else { left_of(CHECK_PERIOD, self.checked, now) };
+        if !self.sampler.is_empty() {
+            left = left.min(left_of(SAMPLE_PERIOD, self.sampled, now));
+        }
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let mut fds = vec![PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN)];
+        if let Some(monitor) = &self.monitor {
+            fds.push(PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN));
+        }
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) => !fds[0].revents().is_empty(),
+            Err(Errno::INTR) => false,
+            Err(errno) => {
+                // EINVAL and ENOMEM are all that is left. Nothing can be awaited then; stop rather than spin.
+                tracing::error!(%errno, "cannot wait for USB messages");
+                true
+            }
+        }
+    }
+
+    /// Looks from time to time whether udevd came or went, or whether watching has become possible.
+    fn check_source(&mut self) -> Result<(), Dropped> {
+        let now = Now::read();
+        if !left_of(CHECK_PERIOD, self.checked, now).is_zero() {
+            return Ok(());
+        }
+        self.checked = now;
+        let available = Source::available();
+        if self.monitor.as_ref().is_some_and(|monitor| monitor.source() == available) {
+            return Ok(());
+        }
+        self.connect(available)
+    }
+
+    /// Listens, then lists, in this order, so that nothing falls in between.
+    fn connect(&mut self, source: Source) -> Result<(), Dropped> {
+        let previous = self.monitor.take();
+        let connected =
+            Monitor::open(source, self.options.receive_buffer).and_then(|monitor| Ok((monitor, list()?)));
+        let now = Now::read();
+        match connected {
+            Ok((monitor, listed)) => {
+                tracing::info!(?source, "watching USB");
+                // udevd may have been silent for some time before it was seen to be gone.
+                if previous.is_some_and(|monitor| monitor.source() == Source::Udevd) {
+                    self.gap(GapReason::UsbMessagesLost, now)?;
+                } else if self.watching == Some(false) {
+                    self.gap(GapReason::UsbNotWatched, now)?;
+                }
+                self.monitor = Some(monitor);
+                self.take_list(&listed, now)?;
+                self.complete_until = now;
+                self.tell_watching(true)
+            }
+            Err(error) => {
+                if self.watching != Some(false) {
+                    tracing::error!(%error, "USB cannot be watched, trying again");
+                    self.gap(GapReason::UsbNotWatched, now)?;
+                }
+                self.tell_watching(false)
+            }
+        }
+    }
+
+    /// Takes the messages that wait.
+    fn drain(&mut self) -> Result<(), Dropped> {
+        for _ in 0..BATCH {
+            let Some(monitor) = &self.monitor else { return Ok(()) };
+            match monitor.receive() {
+                Received::Message(message) => self.take_message(&message)?,
+                Received::Lost(error) => {
+                    tracing::warn!(%error, "USB messages were lost, listing the devices anew");
+                    self.lost = true;
+                }
+                // Only now: what still waited is older than what was lost, and must not come after the list.
+                Received::Empty if self.lost => return self.relist(),
+                Received::Empty => {
+                    self.complete_until = Now::read();
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds by a list what lost messages would have said.
+    fn relist(&mut self) -> Result<(), Dropped> {
+        let listed = list();
+        let now = Now::read();
+        self.lost = false;
+        self.gap(GapReason::UsbMessagesLost, now)?;
+        match listed {
+            Ok(listed) => {
+                self.take_list(&listed, now)?;
+                self.complete_until = now;
+                Ok(())
+            }
+            Err(error) => {
+                tracing::error!(%error, "USB devices cannot be listed, trying again");
+                self.monitor = None;
+                self.tell_watching(false)
+            }
+        }
+    }
+
+    fn take_message(&mut self, message: &Message) -> Result<(), Dropped> {
+        let now = Now::read();
+        for event in self.devices.handle(message) {
+            self.send(UsbOutput::Event { boot_ns: now.boot_ns, event })?;
+        }
+        match (message.kind, message.action) {
+            (Kind::Disk, Action::Add) => self.hold(message, CountFrom::Zero, now),
+            (Kind::Disk, Action::Other) => self.hold(message, CountFrom::Now, now),
+            (Kind::Disk, Action::Remove) => {
+                let last = self.sampler.release(&message.devpath, now.boot_ns);
+                self.send_samples(last, now)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn take_list(&mut self, listed: &[Message], now: Now) -> Result<(), Dropped> {
+        let events = if self.started { self.devices.resync(listed) } else { self.devices.start(listed) };
+        for event in events {
+            self.send(UsbOutput::Event { boot_ns: now.boot_ns, event })?;
+        }
+        let disks = || listed.iter().filter(|message| message.kind == Kind::Disk);
+        let present: BTreeSet<&[u8]> = disks().map(|disk| disk.devpath.as_slice()).collect();
+        let missing: Vec<_> =
+            self.sampler.devpaths().filter(|path| !present.contains(path)).map(<[u8]>::to_vec).collect();
+        for devpath in missing {
+            let last = self.sampler.release(&devpath, now.boot_ns);
+            self.send_samples(last, now)?;
+        }
+        let from = if self.started { CountFrom::Zero } else { CountFrom::Now };
+        for disk in disks() {
+            self.hold(disk, from, now)?;
+        }
+        self.started = true;
+        Ok(())
+    }
+
+    /// Measures a disk from now on, when it is a USB disk.
+    fn hold(&mut self, message: &Message, from: CountFrom, now: Now) -> Result<(), Dropped> {
+        let Some(device) =
+            self.devices.above(&message.devpath).filter(|_| !self.sampler.holds(&message.devpath))
+        else {
+            return Ok(());
+        };
+        let name = message.devpath.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+        let disk = Disk {
+            name: Raw::new(name),
+            vendor: device.vendor.clone(),
+            model: device.model.clone(),
+            serial: device.serial.clone(),
+        };
+        match self.sampler.hold(&message.devpath, disk, from, now.boot_ns) {
+            Ok(()) => self.sample_now(now),
+            // Its removal is on the way.
+            Err(error) if error.is_gone() => Ok(()),
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "a USB disk is not measured");
+                let wall_ns = now.wall_ns;
+                let gap = Gap {
+                    reason: GapReason::UsbDiskNotMeasured,
+                    from_wall_ns: wall_ns,
+                    to_wall_ns: wall_ns,
+                    count: Some(1),
+                };
+                self.send(UsbOutput::Event { boot_ns: now.boot_ns, event: Event::Gap(gap) })
+            }
+        }
+    }
+
+    fn sample(&mut self) -> Result<(), Dropped> {
+        let now = Now::read();
+        if self.sampler.is_empty() || !left_of(SAMPLE_PERIOD, self.sampled, now).is_zero() {
+            return Ok(());
+        }
+        self.sample_now(now)
+    }
+
+    fn sample_now(&mut self, now: Now) -> Result<(), Dropped> {
+        self.sampled = now;
+        let found = self.sampler.sample(now.boot_ns);
+        self.send_samples(found, now)
+    }
+
+    fn send_samples(&self, found: Vec<Sampled>, now: Now) -> Result<(), Dropped> {
+        for sampled in found {
+            self.send(match sampled {
+                Sampled::Activity(activity) => UsbOutput::Disk(activity),
+                Sampled::Gone(disk) => UsbOutput::DiskGone { boot_ns: now.boot_ns, disk },
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Something may have been missed since the last time at which nothing was.
+    fn gap(&self, reason: GapReason, now: Now) -> Result<(), Dropped> {
+        let from_wall_ns = now.wall_at(self.complete_until.boot_ns);
+        let gap = Gap { reason, from_wall_ns, to_wall_ns: now.wall_ns, count: None };
+        self.send(UsbOutput::Event { boot_ns: now.boot_ns, event: Event::Gap(gap) })
+    }
+
+    fn tell_watching(&mut self, watching: bool) -> Result<(), Dropped> {
+        if self.watching == Some(watching) {
+            return Ok(());
+        }
+        self.watching = Some(watching);
+        self.send(UsbOutput::Watching(watching))
+    }
+
+    fn send(&self, output: UsbOutput) -> Result<(), Dropped> {
+        self.outputs.blocking_send(output).map_err(|_| Dropped)
+    }
+}
+
+/// What is left of `period` since `from`.
+fn left_of(period: Duration, from: Now, now: Now) -> Duration {
+    period.saturating_sub(Duration::from_nanos(now.boot_ns.saturating_sub(from.boot_ns)))
+}

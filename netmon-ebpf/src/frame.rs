@@ -1,0 +1,81 @@
+//! One way to read what a hook sees.
+
+use aya_ebpf::programs::{TcContext, XdpContext};
+
+/// Highest offset that is read; the verifier wants a bound, and headers end long before it.
+const MAX_OFFSET: u32 = 0x3fff;
+
+/// A frame at a hook.
+pub trait Frame {
+    /// Bytes of the frame, link-layer header included.
+    fn len(&self) -> u32;
+    /// Interface that the frame arrives at or leaves by.
+    fn ifindex(&self) -> u32;
+    /// Packets on the wire: above 1 for a GSO or GRO super-packet.
+    fn segments(&self) -> u32;
+    /// `N` bytes from `offset` on, or `None` when the frame ends before.
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+}
+
+/// A frame in a TC program. Its data may be spread over pages, so it is read by helper.
+pub struct SkbFrame<'a>(pub &'a TcContext);
+
+impl Frame for SkbFrame<'_> {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: the kernel hands a valid context to the program; the verifier checks the access.
+        unsafe { (*self.0.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn segments(&self) -> u32 {
+        // SAFETY: as above.
+        let segments = unsafe { (*self.0.skb.skb).gso_segs };
+        if segments == 0 { 1 } else { segments }
+    }
+
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        self.0.load(offset as usize).ok()
+    }
+}
+
+/// A frame in an XDP program: linear, read in place. It does not tell its segments (generic XDP may see a GRO
+/// super-packet, which then counts as one).
+pub struct XdpFrame<'a>(pub &'a XdpContext);
+
+impl Frame for XdpFrame<'_> {
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        (self.0.data_end() - self.0.data()) as u32
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        self.0.ingress_ifindex() as u32
+    }
+
+    #[inline(always)]
+    fn segments(&self) -> u32 {
+        1
+    }
+
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        let start = self.0.data() + offset as usize;
+        if start + N > self.0.data_end() {
+            return None;
+        }
+        // SAFETY: `start .. start + N` lies inside the frame by the comparison above, which the verifier demands
+        // too; `read_unaligned` of bytes needs no alignment.
+        Some(unsafe { (start as *const [u8; N]).read_unaligned() })
+    }
+}

@@ -1,0 +1,188 @@
+//! Building the kernel programs: `core` has to be built for the BPF target, so a compiler with its sources is
+//! needed, and a linker that makes BPF out of LLVM bitcode.
+
+use std::{
+    env::consts::ARCH,
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{ebpf_sources, sh};
+
+/// The version that `--install` builds, and the LLVM it is built with. The linker's LLVM must not be older than
+/// the compiler's.
+const LINKER_VERSION: &str = "0.13.0";
+const LLVM: &str = "22";
+const TARGET: &str = "bpfel-unknown-none";
+
+/// Debian's compiler and the sources of the very same version.
+const DEBIAN_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
+
+/// Options of `build-ebpf`.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Install what is missing: Debian packages (as root) and bpf-linker (into target/tools).
+    #[arg(long)]
+    install: bool,
+}
+
+impl Options {
+    /// What is missing is installed.
+    pub fn installing() -> Self {
+        Self { install: true }
+    }
+}
+
+/// Builds the object and writes the fingerprint of its sources next to it.
+///
+/// # Errors
+/// A tool is missing (the message says what to install), or the build fails.
+pub fn build(options: &Options) -> Result<()> {
+    let workspace = sh::workspace();
+    let compiler = match Compiler::find() {
+        Some(compiler) => compiler,
+        None if options.install => {
+            sh::ensure_packages(&DEBIAN_PACKAGES)?;
+            Compiler::find().context("the packages are installed, but there is no compiler with sources")?
+        }
+        None => bail!(
+            "no compiler that can build for BPF: `core`'s sources are missing. Install either\n  \
+             rustup toolchain install nightly --component rust-src\nor, on Debian as root,\n  \
+             apt-get install {}\nor let `cargo xtask build-ebpf --install` do the latter",
+            DEBIAN_PACKAGES.join(" ")
+        ),
+    };
+    let linker = match sh::find("bpf-linker") {
+        Some(linker) => linker,
+        None if options.install => install_linker()?,
+        None => bail!(
+            "bpf-linker is neither on PATH nor in target/tools/bin. Run `cargo xtask build-ebpf --install`, or\n  {}",
+            linker_recipe()
+        ),
+    };
+    eprintln!("building the kernel programs with {compiler}, {}", linker.display());
+
+    // The fingerprint first: when a source changes during the build, the object counts as stale, never as fresh.
+    let fingerprint =
+        ebpf_sources::fingerprint(&workspace).context("cannot read the sources of netmon-ebpf")?;
+    let build_directory = workspace.join("target/bpf-build");
+    let mut command = compiler.cargo();
+    command
+        .current_dir(workspace.join("netmon-ebpf"))
+        .args(["build", "--release", "--locked", "-Z", "build-std=core", "--target", TARGET, "--target-dir"])
+        .arg(&build_directory)
+        .env("CARGO_ENCODED_RUSTFLAGS", rust_flags(&linker))
+        // Set by the cargo that runs us; they would choose a wrong compiler or wrong flags for the other one.
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO")
+        .env_remove("RUSTC_WRAPPER")
+        .env_remove("RUSTC_WORKSPACE_WRAPPER");
+    sh::run(&mut command)?;
+
+    let built = build_directory.join(TARGET).join("release/netmon-ebpf");
+    let object = workspace.join(ebpf_sources::OBJECT);
+    let directory = object.parent().context("the object has no directory")?;
+    fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let content = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+    sh::write_whole(&object, &content)?;
+    sh::write_whole(&workspace.join(ebpf_sources::FINGERPRINT), fingerprint.as_bytes())?;
+    eprintln!("{} ({} bytes)", object.display(), content.len());
+    Ok(())
+}
+
+/// A compiler whose `core` sources are installed.
+#[derive(Debug, PartialEq, Eq)]
+enum Compiler {
+    /// rustup's nightly with the component rust-src.
+    Nightly,
+    /// A stable compiler from Debian with the matching sources.
+    Debian(PathBuf),
+}
+
+impl std::fmt::Display for Compiler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Nightly => f.write_str("rustup's nightly"),
+            Self::Debian(rustc) => write!(f, "Debian's {}", rustc.display()),
+        }
+    }
+}
+
+impl Compiler {
+    fn find() -> Option<Self> {
+        let toolchains = sh::output(Command::new("rustup").args(["toolchain", "list"])).unwrap_or_default();
+        if toolchains.lines().any(|line| line.starts_with("nightly-")) {
+            let mut rustc = rustup_nightly("rustc");
+            if has_sources(&mut rustc) {
+                return Some(Self::Nightly);
+            }
+            eprintln!("rustup's nightly has no rust-src; looking at Debian's compiler");
+        }
+        let rustc = PathBuf::from("/usr/bin/rustc");
+        has_sources(&mut Command::new(&rustc)).then_some(Self::Debian(rustc))
+    }
+
+    fn cargo(&self) -> Command {
+        match self {
+            Self::Nightly => {
+                let mut cargo = rustup_nightly("cargo");
+                cargo.env_remove("RUSTC").env_remove("RUSTUP_TOOLCHAIN");
+                cargo
+            }
+            Self::Debian(rustc) => {
+                // Any cargo will do; `-Z build-std` and the target need leave to use unstable features.
+                let mut cargo = Command::new("cargo");
+                cargo.env("RUSTC", rustc).env("RUSTC_BOOTSTRAP", "1");
+                cargo
+            }
+        }
+    }
+}
+
+fn rustup_nightly(program: &str) -> Command {
+    let mut command = Command::new("rustup");
+    command.args(["run", "nightly", program]);
+    command
+}
+
+fn has_sources(rustc: &mut Command) -> bool {
+    sh::output(rustc.args(["--print", "sysroot"]))
+        .is_some_and(|sysroot| Path::new(&sysroot).join("lib/rustlib/src/rust/library/core").is_dir())
+}
+
+/// Flags in cargo's own encoding (separated by U+001F), so that paths with blanks survive.
+fn rust_flags(linker: &Path) -> OsString {
+    let mut flags = OsString::from(format!(
+        "--cfg=bpf_target_arch=\"{ARCH}\"\u{1f}-Cdebuginfo=2\u{1f}-Clink-arg=--btf\u{1f}-Clinker="
+    ));
+    flags.push(linker);
+    flags
+}
+
+fn install_linker() -> Result<PathBuf> {
+    let llvm = format!("llvm-{LLVM}-dev");
+    sh::ensure_packages(&[&llvm, "libzstd-dev", "zlib1g-dev"])?;
+    eprintln!("installing bpf-linker {LINKER_VERSION} into target/tools (some minutes)");
+    let prefix = format!("/usr/lib/llvm-{LLVM}");
+    let mut cargo = Command::new("cargo");
+    cargo
+        .args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--no-default-features"])
+        .args(["--features", &format!("llvm-{LLVM}"), "--root"])
+        .arg(sh::tools())
+        .env("LLVM_PREFIX", &prefix)
+        .env(format!("LLVM_SYS_{LLVM}1_PREFIX"), &prefix);
+    sh::run(&mut cargo)?;
+    sh::find("bpf-linker").context("bpf-linker is installed, but not found")
+}
+
+fn linker_recipe() -> String {
+    format!(
+        "apt-get install llvm-{LLVM}-dev libzstd-dev zlib1g-dev\n  \
+         LLVM_PREFIX=/usr/lib/llvm-{LLVM} LLVM_SYS_{LLVM}1_PREFIX=/usr/lib/llvm-{LLVM} cargo install bpf-linker \
+         --version {LINKER_VERSION} --locked --no-default-features --features llvm-{LLVM} --root target/tools"
+    )
+}
