@@ -1,7 +1,5 @@
 //! USB devices, from udev's messages to the server's log.
 
-#![expect(clippy::unwrap_used, reason = "a test ends where something is not as expected")]
-
 use std::time::Duration;
 
 use netmon_lab::clock;
