@@ -3,6 +3,7 @@
 
 pub mod cleanup;
 pub mod clock;
+pub mod demo;
 pub mod follower;
 pub mod generator;
 pub mod host;

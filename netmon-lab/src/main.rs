@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use netmon_lab::cleanup;
 use netmon_lab::traffic::Traffic;
+use netmon_lab::{cleanup, demo};
 
 /// A room on one machine: PCs, a server and an Internet out of network namespaces, real traffic, netmon's programs.
 #[derive(Debug, Parser)]
@@ -16,6 +16,12 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Builds a room, runs netmon in it, makes traffic, and shows what the server recorded
+    Demo {
+        /// Leave the room standing until Ctrl-C
+        #[arg(long)]
+        keep: bool,
+    },
     /// Removes what runs that did not end in good order left behind
     Clean,
     /// Makes traffic; runs inside a host of the room
@@ -41,6 +47,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             }
             Ok(())
         }
+        Command::Demo { keep } => demo::run(keep),
         Command::Traffic(traffic) => traffic.run(),
     }
 }

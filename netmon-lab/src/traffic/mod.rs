@@ -17,8 +17,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 use std::{io, process, thread};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
+
+use crate::udev_inject::{Action, Stick};
 
 pub use plan::{Plan, PlanError, Step};
 
@@ -195,6 +197,24 @@ pub enum Traffic {
         #[arg(long, default_value = "files.example")]
         name: String,
     },
+    /// Says what udevd says when a USB stick is plugged in or unplugged
+    InjectUsb {
+        /// What happens to the stick
+        #[arg(value_enum)]
+        action: UsbAction,
+        /// Its serial number
+        #[arg(long)]
+        serial: String,
+    },
+}
+
+/// What happens to a USB stick.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum UsbAction {
+    /// It is plugged in.
+    Plug,
+    /// It is unplugged.
+    Unplug,
 }
 
 impl Traffic {
@@ -218,9 +238,21 @@ impl Traffic {
             }
             Self::DnsServe { serve, count } => dns::serve(&serve, count)?.print()?,
             Self::DnsQuery { connect, name } => dns::query(&connect, &name)?.print()?,
+            Self::InjectUsb { action, serial } => inject_usb(action, serial)?.print()?,
         }
         Ok(())
     }
+}
+
+fn inject_usb(action: UsbAction, serial: String) -> io::Result<Report> {
+    let stick = Stick { serial: serial.into_bytes(), ..Stick::default() };
+    let action = match action {
+        UsbAction::Plug => Action::Add,
+        UsbAction::Unplug => Action::Remove,
+    };
+    stick.inject(action)?;
+    let sent = stick.messages(action).iter().map(|message| message.len() as u64).sum();
+    Ok(Report { sent, received: 0 })
 }
 
 impl Report {
