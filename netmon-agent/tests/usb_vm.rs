@@ -5,7 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot prepare its machine has failed")]
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -53,6 +53,7 @@ impl Watched {
         loop {
             match watched.next() {
                 UsbOutput::Event { event: Event::DevicePresent(device), .. } => present.push(device),
+                UsbOutput::Disk(_) => {}
                 UsbOutput::Watching(true) => return (watched, present),
                 other => panic!("{other:?}"),
             }
@@ -86,11 +87,14 @@ impl Watched {
         }
     }
 
-    /// The disk whose activity is seen next.
-    fn active_disk(&mut self) -> Disk {
-        match self.next() {
-            UsbOutput::Disk(activity) => activity.disk,
-            other => panic!("{other:?}"),
+    /// The disk of a stick, as soon as it does something.
+    fn active_disk(&mut self, serial: &str) -> Disk {
+        loop {
+            match self.next() {
+                UsbOutput::Disk(activity) if activity.disk.serial == serial.into() => return activity.disk,
+                UsbOutput::Disk(_) => {}
+                other => panic!("{other:?}"),
+            }
         }
     }
 
@@ -137,7 +141,7 @@ fn a_stick_that_is_there_at_the_start_is_listed_and_its_removal_is_seen() {
     let (mut before, _) = Watched::start();
     ask("plug p1 usb-storage serial=PRESENT1");
     before.plugged();
-    before.active_disk();
+    before.active_disk("PRESENT1");
     drop(before);
 
     let (mut watched, present) = Watched::start();
@@ -158,15 +162,14 @@ fn a_copy_to_a_stick_and_back_is_counted_as_the_kernel_counts_it() {
     ask("plug a1 usb-storage serial=A1 size=64");
     let device = watched.plugged();
     is_stick(&device, "A1");
-    let disk = watched.active_disk();
+    let disk = watched.active_disk("A1");
     is_disk_of(&disk, &device);
     let node = format!("/dev/{}", name(&disk));
 
-    run("mkfs.vfat", &[&node]);
+    run("mkdosfs", &[&node]);
     mount(&node, "/mnt", "vfat", MountFlags::empty(), None).unwrap();
-    // Not compressible, not repeating within a sector: position and a multiplier.
-    let content: Vec<u8> =
-        (0..SIZE as u32 / 4).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    let mut content = vec![0; SIZE];
+    File::open("/dev/urandom").unwrap().read_exact(&mut content).unwrap();
     let mut file = File::create("/mnt/copy").unwrap();
     file.write_all(&content).unwrap();
     file.sync_all().unwrap();
@@ -214,7 +217,7 @@ fn the_same_stick_plugged_in_again_is_another_device_with_the_same_serial() {
         println!("seen {} ms after the request to plug it in", (Now::read().boot_ns - asked) / 1_000_000);
         is_stick(&device, "AGAIN");
         numbers.push(device.number);
-        watched.active_disk();
+        watched.active_disk("AGAIN");
         ask("unplug again");
         assert_eq!(watched.unplugged().1, device);
     }
@@ -244,13 +247,14 @@ fn without_udevd_the_kernel_tells_and_sysfs_names() {
     ask("plug n1 usb-storage serial=NOUDEV1");
     let device = watched.plugged();
     is_stick(&device, "NOUDEV1");
-    let disk = watched.active_disk();
+    let disk = watched.active_disk("NOUDEV1");
     is_disk_of(&disk, &device);
 
     // udevd comes; nothing is lost and nothing reported twice, and the next stick is its to tell.
     fs::rename(aside, control).unwrap();
     ask("plug n2 usb-storage serial=NOUDEV2");
     is_stick(&watched.plugged(), "NOUDEV2");
+    watched.active_disk("NOUDEV2");
     ask("unplug n1");
     assert_eq!(watched.unplugged(), (disk, device));
     ask("unplug n2");

@@ -60,7 +60,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut command = args.command.join(" ");
     if command.is_empty() {
         files.push((build_usb_tests()?, "/usr/local/bin/usb_vm".into()));
-        command = "RUST_BACKTRACE=1 usb_vm --ignored --test-threads=1".into();
+        command = "RUST_BACKTRACE=1 usb_vm --ignored --nocapture --test-threads=1".into();
     }
 
     let mut failed = Vec::new();
