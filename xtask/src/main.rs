@@ -1,5 +1,6 @@
 //! netmon's chores. Each has a room of its own; this file only says which one.
 
+mod clock;
 mod ebpf;
 mod ebpf_sources;
 mod ip_txt;
@@ -7,6 +8,7 @@ mod setup;
 mod sh;
 mod test;
 mod up;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -37,6 +39,8 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Run a test, or any command, on stock Debian kernels with USB devices that are really plugged in.
+    Vm(vm::Args),
     /// Build the kernel programs into target/bpf/netmon-ebpf, where the agent's build takes them from.
     BuildEbpf(ebpf::Options),
     /// Make ip.txt out of published provider ranges.
@@ -54,6 +58,7 @@ fn main() -> Result<()> {
         Chore::Up(options) => up::run(&options),
         Chore::Test { parts } => test::run(&parts),
         Chore::Lab { options } => lab(&options),
+        Chore::Vm(args) => vm::run(&args),
         Chore::BuildEbpf(options) => ebpf::build(&options),
         Chore::IpTxt { directory, out } => ip_txt::run(&directory, &out),
     }

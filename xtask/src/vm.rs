@@ -1,0 +1,161 @@
+//! `cargo xtask vm`: a stock Debian kernel under QEMU, as root, with udevd, and USB devices that are plugged in and
+//! unplugged at the guest's request.
+//!
+//! Everything comes from Debian packages. The kernel boots into an initramfs made of busybox, udevd and its rules, the
+//! modules that matter here, and the files that are to be run. Kernels are kept in `target/vm`.
+
+mod initramfs;
+mod kernel;
+mod machine;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail, ensure};
+
+use machine::Outcome;
+
+/// Arguments of `cargo xtask vm`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Kernels: 5.10, 6.1, 6.12
+    #[arg(default_values = ["6.1"])]
+    kernels: Vec<String>,
+    /// A file for the guest, with the libraries it needs; into /usr/local/bin unless a path in the guest follows
+    #[arg(long, value_name = "FILE[:GUEST]")]
+    add: Vec<String>,
+    /// Seconds that the command may take
+    #[arg(long, default_value_t = 300)]
+    time_limit: u64,
+    /// Shell command to run in the guest [default: the agent's tests against real USB devices]
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+/// What is needed, and from which Debian package it comes.
+const NEEDED: [(&str, &str); 7] = [
+    ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
+    ("/bin/busybox", "busybox-static"),
+    ("/bin/kmod", "kmod"),
+    ("/usr/bin/cpio", "cpio"),
+    ("/usr/bin/udevadm", "udev"),
+    ("/usr/bin/strip", "binutils"),
+    ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
+];
+
+/// About 1 boot in 100 hangs under QEMU's emulation.
+const BOOT_ATTEMPTS: u32 = 3;
+
+/// Runs the chore.
+///
+/// # Errors
+/// When something needed is missing, or the command fails on one of the kernels.
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    install_missing()?;
+    let cache = workspace().join("target/vm");
+    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+
+    let mut files: Vec<(PathBuf, PathBuf)> = args.add.iter().map(|file| parse_file(file)).collect();
+    let mut command = args.command.join(" ");
+    if command.is_empty() {
+        files.push((build_usb_tests()?, "/usr/local/bin/usb_vm".into()));
+        command = "RUST_BACKTRACE=1 usb_vm --ignored --nocapture --test-threads=1".into();
+    }
+
+    let mut failed = Vec::new();
+    for version in &args.kernels {
+        let kernel = kernel::fetch(version, &cache)?;
+        println!("vm: kernel {}: {command}", kernel.release);
+        let directory = tempfile::tempdir_in(&cache)?;
+        let initrd = directory.path().join("initrd");
+        initramfs::build(&kernel, &files, &command, &initrd)?;
+        let status = boot(&kernel, &initrd, directory.path(), args.time_limit)?;
+        println!("vm: kernel {}: the command ended with status {status}", kernel.release);
+        if status != 0 {
+            failed.push(format!("{version} (status {status})"));
+        }
+    }
+    ensure!(failed.is_empty(), "failed on kernel {}", failed.join(", "));
+    Ok(())
+}
+
+fn boot(kernel: &kernel::Kernel, initrd: &Path, directory: &Path, time_limit: u64) -> anyhow::Result<i32> {
+    for _ in 0..BOOT_ATTEMPTS {
+        match machine::run(&kernel.image, initrd, directory, time_limit)? {
+            Outcome::Ended(status) => return Ok(status),
+            Outcome::NeverBooted => println!("vm: the guest did not boot, trying again"),
+        }
+    }
+    bail!("the guest did not boot {BOOT_ATTEMPTS} times; see the console's output above")
+}
+
+/// `FILE` or `FILE:GUEST`.
+fn parse_file(argument: &str) -> (PathBuf, PathBuf) {
+    let (host, guest) = argument.split_once(':').unwrap_or((argument, ""));
+    let host = PathBuf::from(host);
+    let guest = match guest {
+        "" => Path::new("/usr/local/bin").join(host.file_name().unwrap_or_default()),
+        guest => guest.into(),
+    };
+    (host, guest)
+}
+
+fn build_usb_tests() -> anyhow::Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let arguments = [
+        "test",
+        "-p",
+        "netmon-agent",
+        "--test",
+        "usb_vm",
+        "--no-run",
+        "--message-format=json-render-diagnostics",
+    ];
+    let output = Command::new(cargo)
+        .args(arguments)
+        .current_dir(workspace())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    ensure!(output.status.success(), "the USB tests do not build");
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message["target"]["name"] == "usb_vm")
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .context("cargo did not say where the USB tests are")
+}
+
+fn install_missing() -> anyhow::Result<()> {
+    let missing: Vec<_> =
+        NEEDED.iter().filter(|(file, _)| !Path::new(file).exists()).map(|&(_, package)| package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    println!("vm: installing {}", missing.join(" "));
+    let install = ["install", "-y", "-qq", "--no-install-recommends"];
+    run_tool(Command::new("apt-get").args(install).args(&missing).env("DEBIAN_FRONTEND", "noninteractive"))
+        .with_context(|| format!("install these packages as root: {}", missing.join(" ")))
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned()
+}
+
+/// Runs a tool to its end; its output is shown.
+fn run_tool(command: &mut Command) -> anyhow::Result<()> {
+    let status = command.status().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    ensure!(status.success(), "{command:?} failed: {status}");
+    Ok(())
+}
+
+/// Runs a tool to its end and returns its output.
+fn output_of(command: &mut Command) -> anyhow::Result<String> {
+    let output = command
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    ensure!(output.status.success(), "{command:?} failed: {}", output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

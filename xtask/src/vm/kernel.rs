@@ -1,0 +1,201 @@
+//! Stock kernels out of Debian packages, with the few modules that are of use here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, bail};
+
+use super::{output_of, run_tool};
+
+/// The suite in which each kernel lives.
+const SUITES: [(&str, &str); 3] =
+    [("5.10", "bullseye-security"), ("6.1", "bookworm"), ("6.12", "bookworm-security")];
+
+/// What the guest may load, where the kernel has it as a module; what these need comes along.
+const MODULES: [&str; 31] = [
+    // USB: host controller, storage, input, serial, network.
+    "xhci_pci",
+    "usb_storage",
+    "uas",
+    "usbhid",
+    "hid_generic",
+    "cdc_ether",
+    "cdc_acm",
+    "rndis_host",
+    "usbserial",
+    // Disks and what is on them.
+    "sd_mod",
+    "sr_mod",
+    "vfat",
+    "exfat",
+    "ext4",
+    "ntfs3",
+    "nls_cp437",
+    "nls_ascii",
+    "nls_iso8859_1",
+    "nls_utf8",
+    "loop",
+    "dm_mod",
+    "dm_crypt",
+    // Network, and where programs attach.
+    "virtio_pci",
+    "virtio_net",
+    "sch_ingress",
+    "cls_bpf",
+    "act_bpf",
+    "veth",
+    "dummy",
+    "bridge",
+    "tun",
+];
+
+/// A kernel that is ready to boot.
+pub struct Kernel {
+    /// `uname -r`.
+    pub release: String,
+    /// Compressed image.
+    pub image: PathBuf,
+    /// Directory that holds `lib/modules/RELEASE`.
+    pub modules: PathBuf,
+}
+
+/// Fetches the newest kernel of a version such as `6.1`, unless the cache has one.
+///
+/// # Errors
+/// When the version is not known, or a package cannot be had.
+pub fn fetch(version: &str, cache: &Path) -> anyhow::Result<Kernel> {
+    let directory = cache.join("kernels").join(version);
+    let kernel =
+        |release: String| Kernel { release, image: directory.join("vmlinuz"), modules: directory.clone() };
+    if let Ok(release) = fs::read_to_string(directory.join("release")) {
+        return Ok(kernel(release));
+    }
+    let Some((_, suite)) = SUITES.iter().find(|(known, _)| *known == version) else {
+        let known: Vec<_> = SUITES.iter().map(|(known, _)| *known).collect();
+        bail!("kernel {version} is not known; there are {}", known.join(", "));
+    };
+    println!("vm: fetching kernel {version} from {suite}");
+    let apt = Apt::new(suite, cache)?;
+    let package = apt.newest_kernel(version)?;
+    let release = package.trim_start_matches("linux-image-").to_owned();
+    let work = tempfile::tempdir_in(cache)?;
+    let unpacked = apt.unpack(&package, work.path())?;
+
+    fs::create_dir_all(&directory)?;
+    fs::copy(unpacked.join("boot").join(format!("vmlinuz-{release}")), directory.join("vmlinuz"))
+        .with_context(|| format!("package {package} holds no kernel image"))?;
+    prune(&unpacked, &release, &directory)?;
+    // Last: its presence says that the rest is complete.
+    fs::write(directory.join("release"), &release)?;
+    Ok(kernel(release))
+}
+
+/// apt with a state of its own for one suite, so that nothing of the host's changes.
+struct Apt {
+    options: Vec<String>,
+}
+
+impl Apt {
+    fn new(suite: &str, cache: &Path) -> anyhow::Result<Self> {
+        let root = cache.join("apt").join(suite);
+        fs::create_dir_all(root.join("lists/partial"))?;
+        fs::create_dir_all(root.join("archives/partial"))?;
+        fs::write(root.join("status"), "")?;
+        let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let mirror = mirror(suite)?;
+        fs::write(root.join("sources.list"), format!("deb [signed-by={keys}] {mirror} {suite} main\n"))?;
+        let path = |name: &str| root.join(name).display().to_string();
+        let options = [
+            format!("Dir::Etc::sourcelist={}", path("sources.list")),
+            "Dir::Etc::sourceparts=-".into(),
+            format!("Dir::State::lists={}", path("lists")),
+            format!("Dir::State::status={}", path("status")),
+            format!("Dir::Cache={}", root.display()),
+            "APT::Sandbox::User=root".into(),
+        ];
+        let apt = Self { options: options.into_iter().flat_map(|option| ["-o".into(), option]).collect() };
+        run_tool(apt.tool("apt-get").args(["update", "-qq"]))?;
+        Ok(apt)
+    }
+
+    fn tool(&self, name: &str) -> Command {
+        let mut command = Command::new(name);
+        command.args(&self.options);
+        command
+    }
+
+    fn newest_kernel(&self, version: &str) -> anyhow::Result<String> {
+        let pattern = format!("^linux-image-{}\\..*-amd64$", version.replace('.', "\\."));
+        let found = output_of(self.tool("apt-cache").args(["search", "--names-only", &pattern]))?;
+        found
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .filter(|name| !name.contains("-cloud-") && !name.contains("-rt-"))
+            .max_by_key(|name| numbers(name))
+            .map(str::to_owned)
+            .with_context(|| format!("no package of kernel {version} is to be found"))
+    }
+
+    fn unpack(&self, package: &str, work: &Path) -> anyhow::Result<PathBuf> {
+        run_tool(self.tool("apt-get").args(["download", "-qq", package]).current_dir(work))?;
+        let file = fs::read_dir(work)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+            .with_context(|| format!("apt-get did not download {package}"))?;
+        let unpacked = work.join("unpacked");
+        run_tool(Command::new("dpkg-deb").arg("-x").args([&file, &unpacked]))?;
+        Ok(unpacked)
+    }
+}
+
+/// Where the host fetches packages from, or else Debian's own servers.
+fn mirror(suite: &str) -> anyhow::Result<String> {
+    let site = if suite.ends_with("-security") { "debian-security" } else { "debian" };
+    let targets = output_of(Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI)"]))?;
+    let own =
+        targets.lines().map(|uri| uri.trim_end_matches('/')).find(|uri| uri.ends_with(&format!("/{site}")));
+    Ok(own.map_or_else(|| format!("http://deb.debian.org/{site}"), str::to_owned))
+}
+
+fn numbers(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
+}
+
+/// Copies [`MODULES`] and what they need, and makes the index anew.
+fn prune(unpacked: &Path, release: &str, to: &Path) -> anyhow::Result<()> {
+    let tree = Path::new("lib/modules").join(release);
+    let (from, into) = (unpacked.join(&tree), to.join(&tree));
+    depmod(unpacked, release)?;
+    let index = fs::read_to_string(from.join("modules.dep"))?;
+    // `kernel/fs/fat/vfat.ko.xz: kernel/fs/fat/fat.ko.xz`: all that is needed, however indirectly.
+    let needs: BTreeMap<String, (&str, Vec<&str>)> = index
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(file, needed)| (module_name(file), (file, needed.split_whitespace().collect())))
+        .collect();
+    let mut files = BTreeSet::new();
+    let crc32c = ["crc32c_generic", "libcrc32c"];
+    for (file, needed) in MODULES.iter().chain(&crc32c).filter_map(|module| needs.get(*module)) {
+        files.insert(*file);
+        files.extend(needed);
+    }
+    let lists = ["modules.builtin", "modules.builtin.modinfo", "modules.order"];
+    for file in files.into_iter().chain(lists) {
+        let target = into.join(file);
+        fs::create_dir_all(target.parent().unwrap_or(&into))?;
+        fs::copy(from.join(file), &target).with_context(|| format!("cannot copy {file}"))?;
+    }
+    depmod(to, release)
+}
+
+fn depmod(root: &Path, release: &str) -> anyhow::Result<()> {
+    // kmod acts by the name it is called by; /sbin is not on everybody's path.
+    run_tool(Command::new("/sbin/depmod").arg("-b").arg(root).arg(release))
+}
+
+fn module_name(file: &str) -> String {
+    let name = file.rsplit('/').next().unwrap_or(file);
+    name.split(".ko").next().unwrap_or(name).replace('-', "_")
+}
