@@ -94,6 +94,14 @@ impl FilterFile {
         (now != self.seen).then(|| self.read())
     }
 
+    /// The list as it stands in the file, without keeping anything.
+    ///
+    /// # Errors
+    /// [`FilterError`].
+    pub fn check(&self) -> Result<PrefixList, FilterError> {
+        self.parse().map(|(list, _)| list)
+    }
+
     /// Where the list comes from, for people.
     pub fn source(&self) -> String {
         match &self.file {
@@ -103,19 +111,30 @@ impl FilterFile {
     }
 
     fn read(&mut self) -> Result<PrefixList, FilterError> {
-        let Some(file) = &self.file else {
-            let file = PathBuf::from("ip.txt (built in)");
-            return PrefixList::parse(BUILT_IN).map_err(|problem| FilterError::Line { file, problem });
-        };
         // Before reading, so that a change while reading is seen next time.
-        self.seen = std::fs::metadata(file).ok().map(Identity::from);
-        let text = read_bounded(file).map_err(|source| FilterError::Read { file: file.clone(), source })?;
-        let list =
-            PrefixList::parse(&text).map_err(|problem| FilterError::Line { file: file.clone(), problem })?;
-        if let Err(error) = keep(&self.last_good, &text) {
+        self.seen = self.file.as_ref().and_then(|file| std::fs::metadata(file).ok()).map(Identity::from);
+        let (list, text) = self.parse()?;
+        if self.file.is_some()
+            && let Err(error) = keep(&self.last_good, &text)
+        {
             tracing::warn!(%error, file = %self.last_good.display(), "cannot keep a copy of the filter list");
         }
         Ok(list)
+    }
+
+    fn parse(&self) -> Result<(PrefixList, String), FilterError> {
+        let (file, text) = match &self.file {
+            Some(file) => {
+                let text =
+                    read_bounded(file).map_err(|source| FilterError::Read { file: file.clone(), source })?;
+                (file.clone(), text)
+            }
+            None => (PathBuf::from("ip.txt (built in)"), BUILT_IN.to_owned()),
+        };
+        match PrefixList::parse(&text) {
+            Ok(list) => Ok((list, text)),
+            Err(problem) => Err(FilterError::Line { file, problem }),
+        }
     }
 }
 

@@ -3,36 +3,15 @@
 //! Pure: fed with the readings of one sweep of the kernel's tables.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use netmon_common::abi::{self, FlowState};
 use netmon_common::model::{Opened, Service, Traffic};
 use netmon_common::raw::Raw;
 
+use crate::kernel::{FlowId, FlowReading};
 use crate::ledger;
 use crate::transfers::{Activity, Key};
-
-/// One TCP or UDP flow as this PC sees it. IPv4-mapped IPv6 addresses are IPv4 here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FlowId {
-    /// This PC's side.
-    pub local: SocketAddr,
-    /// The counterpart's side.
-    pub remote: SocketAddr,
-    /// [`abi::IPPROTO_TCP`] or [`abi::IPPROTO_UDP`].
-    pub protocol: u8,
-}
-
-/// A flow's counters as a sweep found them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FlowReading {
-    /// The flow.
-    pub flow: FlowId,
-    /// Its counters.
-    pub state: FlowState,
-    /// True when the sweep took the flow out of the table: its counters begin at zero if it comes back.
-    pub retired: bool,
-}
 
 /// What decides where a flow's bytes go.
 #[derive(Clone, Debug, Default)]
@@ -41,8 +20,8 @@ pub struct Policy {
     pub labels: Vec<String>,
     /// Muted service ports with their ledger labels.
     pub services: HashMap<Service, String>,
-    /// The agent's own connection to the server: its local UDP port and the server's address.
-    pub own: Option<(u16, SocketAddr)>,
+    /// The agent's own connections to the server: local UDP port and the server's address.
+    pub own: Vec<(u16, SocketAddr)>,
 }
 
 /// Where a flow's bytes go.
@@ -190,11 +169,11 @@ fn service_of(flow: &FlowId, state: &FlowState) -> Service {
 }
 
 fn mute_label(flow: &FlowId, state: &FlowState, service: Service, policy: &Policy) -> Option<String> {
-    if let Some((port, server)) = policy.own
-        && flow.protocol == abi::IPPROTO_UDP
-        && flow.local.port() == port
-        && flow.remote == SocketAddr::new(plain(server.ip()), server.port())
-    {
+    let is_ours = |(port, server): &(u16, SocketAddr)| {
+        flow.local.port() == *port
+            && flow.remote == SocketAddr::new(server.ip().to_canonical(), server.port())
+    };
+    if flow.protocol == abi::IPPROTO_UDP && policy.own.iter().any(is_ours) {
         return Some(ledger::OWN.to_owned());
     }
     match state.class {
@@ -205,11 +184,6 @@ fn mute_label(flow: &FlowId, state: &FlowState, service: Service, policy: &Polic
         }),
         _ => policy.services.get(&service).map(|name| format!("service:{name}")),
     }
-}
-
-/// IPv4-mapped IPv6 addresses (RFC 4291, section 2.5.5.2) as IPv4.
-pub fn plain(address: IpAddr) -> IpAddr {
-    address.to_canonical()
 }
 
 #[cfg(test)]
@@ -309,7 +283,7 @@ mod tests {
         let policy = Policy {
             labels: vec!["amazon".into()],
             services: HashMap::from([(Service::Udp(53), "dns".into())]),
-            own: Some((7000, "10.0.0.9:7443".parse().unwrap())),
+            own: vec![(7000, "10.0.0.9:7443".parse().unwrap())],
         };
         let mut flows = Flows::default();
         let mut label = |remote: &str, local: &str, class, packets| {

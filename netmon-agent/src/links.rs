@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use netmon_common::raw::Raw;
 use rtnetlink::MulticastGroup;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkLayerType};
+use rtnetlink::packet_route::link::LinkAttribute;
 use tokio::sync::mpsc;
 
 /// The list is read at least this often, whatever the notifications say.
@@ -30,8 +30,6 @@ pub struct Link {
     pub index: u32,
     /// Name.
     pub name: String,
-    /// True when frames begin with an Ethernet header.
-    pub ethernet: bool,
     /// True when a bus device stands behind it: not a bridge, bond, VLAN, veth or tunnel on top of others.
     pub device: bool,
     /// Its prefixes: whoever is in them can be reached without a router.
@@ -97,9 +95,8 @@ async fn list_with(handle: &rtnetlink::Handle) -> Result<Vec<Link>, LinksError> 
         });
         let Some(name) = name else { continue };
         let index = message.header.index;
-        let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
         let device = Path::new("/sys/class/net").join(&name).join("device").exists();
-        links.insert(index, Link { index, name, ethernet, device, on_link: Vec::new() });
+        links.insert(index, Link { index, name, device, on_link: Vec::new() });
     }
     let mut stream = Box::pin(handle.address().get().execute());
     while let Some(message) = stream.try_next().await.map_err(LinksError::List)? {
@@ -136,7 +133,7 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// Every Ethernet-like interface with a bus device behind it: a packet that crosses a bridge, bond, VLAN or
+    /// Every interface with a bus device behind it: a packet that crosses a bridge, bond, VLAN or
     /// tunnel crosses one of these too, and would otherwise be counted twice.
     pub const AUTO: &str = "auto";
 
@@ -166,7 +163,7 @@ impl Choice {
     /// True when this interface is to be watched. The loopback never is.
     pub fn wants(&self, link: &Link) -> bool {
         link.name != "lo"
-            && (self.auto && link.device && link.ethernet
+            && (self.auto && link.device
                 || self.names.contains(&link.name)
                 || self.globs.is_match(&link.name))
     }
@@ -182,7 +179,7 @@ mod tests {
     use super::*;
 
     fn link(name: &str, device: bool) -> Link {
-        Link { index: 1, name: name.into(), ethernet: true, device, on_link: Vec::new() }
+        Link { index: 1, name: name.into(), device, on_link: Vec::new() }
     }
 
     fn choice(patterns: &[&str]) -> Choice {
@@ -195,7 +192,6 @@ mod tests {
         let auto = choice(&["auto"]);
         assert!(auto.wants(&link("enp3s0", true)));
         assert!(!auto.wants(&link("br0", false)));
-        assert!(!auto.wants(&Link { ethernet: false, ..link("wwan0", true) }));
     }
 
     #[test]

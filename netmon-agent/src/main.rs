@@ -1,1 +1,212 @@
-fn main() {}
+//! `netmon-agent`: command line of the agent.
+
+use std::io::{IsTerminal, Read};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use netmon_agent::clock::Now;
+use netmon_agent::config::{Config, ConfigError, Mode};
+use netmon_agent::filter::FilterError;
+use netmon_agent::run::{self, Paths, UsageError};
+use netmon_agent::{doctor, identity, status};
+use netmon_common::enroll::Token;
+use tracing_subscriber::EnvFilter;
+
+/// Watches this PC: USB devices, transfers in the local network, transfers to the Internet.
+///
+/// What happens goes into <log-dir>/log.txt and usb.log, waits in the spool and goes to the server, if this PC is
+/// enrolled at one. Nothing is ever blocked or changed: netmon observes.
+#[derive(Parser)]
+#[command(version, after_help = EXIT_STATUS, max_term_width = 110)]
+struct Cli {
+    #[command(flatten)]
+    places: Places,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_STATUS: &str = "\
+Exit status: 0 done; 1 it failed; 2 something given is wrong (flag, configuration, filter list, interface, token).
+
+Settings: flags overrule NETMON_* variables, which overrule /etc/netmon/agent.toml.";
+
+#[derive(Args)]
+struct Places {
+    /// Configuration file [default: /etc/netmon/agent.toml, if there is one]
+    #[arg(long, global = true, env = "NETMON_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Identity, spool and last good filter list
+    #[arg(
+        long,
+        global = true,
+        env = "NETMON_STATE_DIR",
+        value_name = "DIR",
+        default_value = "/var/lib/netmon"
+    )]
+    state_dir: PathBuf,
+    /// log.txt and usb.log
+    #[arg(
+        long,
+        global = true,
+        env = "NETMON_LOG_DIR",
+        value_name = "DIR",
+        default_value = "/var/log/netmon"
+    )]
+    log_dir: PathBuf,
+    /// Status of the running agent
+    #[arg(
+        long,
+        global = true,
+        env = "NETMON_RUNTIME_DIR",
+        value_name = "DIR",
+        default_value = "/run/netmon"
+    )]
+    runtime_dir: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Watch this PC until SIGTERM or Ctrl-C (needs root)
+    ///
+    /// Without an enrolment, or while the server cannot be reached, everything is recorded here and sent later.
+    Run {
+        /// Interface to watch: a name, a glob such as "usb*", or "auto" (every real interface); may be repeated
+        #[arg(
+            long = "interface",
+            short,
+            env = "NETMON_INTERFACES",
+            value_delimiter = ',',
+            value_name = "NAME"
+        )]
+        interfaces: Vec<String>,
+        /// How arriving packets are seen
+        #[arg(long, env = "NETMON_MODE")]
+        mode: Option<Mode>,
+        /// List of muted prefixes; read again when it changes [default: the ip.txt that came with this netmon]
+        #[arg(long, env = "NETMON_FILTER_LIST", value_name = "FILE")]
+        filter_list: Option<PathBuf>,
+    },
+    /// Make this PC one of a server's agents
+    ///
+    /// On the server, `netmon-server token` prints the command. The token is read from a file or from standard input,
+    /// because a command line can be read by every user of this PC.
+    Enroll {
+        /// File with the token, or - for standard input
+        #[arg(long, value_name = "FILE")]
+        token_file: PathBuf,
+        /// How the server calls this PC [default: its host name]
+        #[arg(long, value_name = "LABEL")]
+        seat: Option<String>,
+        /// Give up an enrolment that is there already
+        #[arg(long)]
+        replace: bool,
+    },
+    /// Show what the running agent watches; exit status 0 only if it watches
+    Status {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check whether this PC can be watched, and say what to do where it cannot
+    Doctor,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_env("NETMON_LOG").unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    match command(Cli::parse()) {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("netmon-agent: {error:#}");
+            if is_usage(&error) { ExitCode::from(2) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+fn is_usage(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .any(|cause| cause.is::<UsageError>() || cause.is::<ConfigError>() || cause.is::<FilterError>())
+        || error.chain().any(|cause| cause.is::<netmon_common::enroll::TokenError>())
+}
+
+fn command(cli: Cli) -> Result<ExitCode> {
+    let Places { config, state_dir, log_dir, runtime_dir } = cli.places;
+    match cli.command {
+        Command::Run { interfaces, mode, filter_list } => {
+            let mut config = Config::load(config.as_deref())?;
+            if !interfaces.is_empty() {
+                config.capture.interfaces = interfaces;
+            }
+            if let Some(mode) = mode {
+                config.capture.mode = mode;
+            }
+            if filter_list.is_some() {
+                config.filter.list = filter_list;
+            }
+            let paths = Paths { state: state_dir, log: log_dir, runtime: runtime_dir };
+            runtime()?.block_on(run::run(config, paths))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Enroll { token_file, seat, replace } => {
+            let token: Token = read_token(&token_file)?.parse()?;
+            let directory = state_dir.join("identity");
+            let enrolled = runtime()?.block_on(identity::enroll(
+                &token,
+                seat.unwrap_or_default().as_str().into(),
+                run::hostname(),
+                &directory,
+                replace,
+            ))?;
+            println!("enrolled as seat {}", enrolled.seat.escaped());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Status { json } => {
+            let status = status::read(&runtime_dir, &Now::read())?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&status)?);
+            } else {
+                print!("{}", status.describe());
+            }
+            let watching = status.state == status::State::Watching;
+            Ok(if watching { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::Doctor => {
+            let checks =
+                runtime()?.block_on(doctor::examine(config.as_deref(), &state_dir, &log_dir, &runtime_dir));
+            checks.iter().for_each(|check| print!("{check}"));
+            let well = checks.iter().all(|check| !check.is_failure());
+            Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")
+}
+
+/// A token is one line; a file that is much longer is something else.
+fn read_token(file: &std::path::Path) -> Result<String> {
+    const LONGEST: u64 = 1024;
+    let mut text = String::new();
+    if file.as_os_str() == "-" {
+        std::io::stdin()
+            .take(LONGEST)
+            .read_to_string(&mut text)
+            .context("cannot read the token from standard input")?;
+    } else {
+        std::fs::File::open(file)
+            .and_then(|file| file.take(LONGEST).read_to_string(&mut text))
+            .with_context(|| format!("cannot read the token file {}", file.display()))?;
+    }
+    Ok(text)
+}

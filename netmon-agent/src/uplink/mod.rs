@@ -47,6 +47,36 @@ pub struct UplinkStatus {
     pub state: UplinkState,
     /// The newest record that the server acknowledged in this run of the agent, as (epoch, seq).
     pub acked: Option<(u64, u64)>,
+    /// The latest sockets that tried to reach or reached the server, newest last: local UDP port and the server's
+    /// address. Their packets are the agent's own, before the connection stands and after it broke, too.
+    pub sockets: Vec<(u16, SocketAddr)>,
+}
+
+/// Sockets that are remembered: one for each attempt while the flows of the attempts before it are still alive.
+const SOCKETS: usize = 32;
+
+impl UplinkStatus {
+    fn remember(&mut self, socket: (u16, SocketAddr)) {
+        if self.sockets.len() == SOCKETS {
+            self.sockets.remove(0);
+        }
+        self.sockets.push(socket);
+    }
+
+    /// For people.
+    pub fn describe(&self, now: &Now) -> String {
+        let seconds = |since_wall_ns: i64| now.wall_ns.saturating_sub(since_wall_ns).max(0) / 1_000_000_000;
+        match &self.state {
+            UplinkState::NotEnrolled => "not enrolled: recording here only".to_owned(),
+            UplinkState::Connected { remote, since_wall_ns, .. } => {
+                format!("connected to {remote} for {} s", seconds(*since_wall_ns))
+            }
+            UplinkState::Connecting { since_wall_ns, last_error } => {
+                let error = last_error.as_deref().map(|error| format!(": {error}")).unwrap_or_default();
+                format!("NOT CONNECTED for {} s{error}", seconds(*since_wall_ns))
+            }
+        }
+    }
 }
 
 /// Connected or not.
@@ -216,7 +246,7 @@ async fn deliver(
         status.send_modify(|status| {
             status.state = UplinkState::Connecting { since_wall_ns, last_error: last_error.take() };
         });
-        let error = match connect(identity, endpoint).await {
+        let error = match connect(identity, endpoint, status).await {
             Err(error) => error,
             Ok((connection, local_port)) => {
                 let remote = connection.remote_address();
@@ -272,6 +302,7 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 async fn connect(
     identity: &Identity,
     slot: &mut Option<Endpoint>,
+    status: &watch::Sender<UplinkStatus>,
 ) -> Result<(quinn::Connection, u16), UplinkError> {
     let config = quic_config(identity.tls()?).map_err(UplinkError::Quic)?;
     let resolve = |source| UplinkError::Resolve { address: identity.address.clone(), source };
@@ -290,6 +321,7 @@ async fn connect(
             }
         };
         let port = endpoint.local_addr().map_err(UplinkError::Socket)?.port();
+        status.send_modify(|status| status.remember((port, remote)));
         let connecting = match endpoint.connect_with(config.clone(), remote, wire::SERVER_NAME) {
             Ok(connecting) => connecting,
             Err(reason) => {
@@ -311,7 +343,7 @@ async fn converse(
     spool: &SpoolHandle,
     introduction: &Introduction,
     status: &watch::Sender<UplinkStatus>,
-    on_welcome: &mut dyn FnMut(),
+    on_welcome: &mut (dyn FnMut() + Send),
 ) -> Result<std::convert::Infallible, UplinkError> {
     let opened = tokio::time::timeout(ANSWER, connection.open_bi()).await.map_err(|_| UplinkError::Stuck)?;
     let (mut send, receive) = opened.map_err(|error| broken(&error))?;

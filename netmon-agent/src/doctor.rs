@@ -1,0 +1,172 @@
+//! `netmon-agent doctor`: can this PC be watched, and what is to be done where it cannot?
+
+use std::fmt;
+use std::path::Path;
+
+use crate::clock::Now;
+use crate::config::Config;
+use crate::filter::FilterFile;
+use crate::identity::Identity;
+use crate::links::{self, Choice};
+use crate::{chain, kernel, status};
+
+/// What one check found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// What was checked.
+    pub name: &'static str,
+    /// What was found.
+    pub finding: Finding,
+}
+
+/// See [`Check`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finding {
+    /// Good; the detail is worth knowing.
+    Good(String),
+    /// netmon works, but less well; says what to do.
+    Weak(String),
+    /// netmon does not work; says what to do.
+    Bad(String),
+}
+
+impl Check {
+    /// True when netmon cannot watch because of this.
+    pub fn is_failure(&self) -> bool {
+        matches!(self.finding, Finding::Bad(_))
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (mark, text) = match &self.finding {
+            Finding::Good(text) => ("ok  ", text),
+            Finding::Weak(text) => ("WEAK", text),
+            Finding::Bad(text) => ("FAIL", text),
+        };
+        writeln!(f, "{mark} {:<14} {text}", self.name)
+    }
+}
+
+/// Makes all checks. Changes nothing.
+pub async fn examine(config: Option<&Path>, state: &Path, log: &Path, runtime: &Path) -> Vec<Check> {
+    let mut checks = Vec::new();
+    let mut found = |name, finding| checks.push(Check { name, finding });
+
+    found(
+        "kernel",
+        match kernel::preflight() {
+            Ok(()) => Finding::Good(format!(
+                "Linux {}, allowed to load programs",
+                rustix::system::uname().release().to_string_lossy()
+            )),
+            Err(error) => Finding::Bad(chain(&error)),
+        },
+    );
+
+    let config = match Config::load(config) {
+        Ok(config) => {
+            found("configuration", Finding::Good("understood".into()));
+            config
+        }
+        Err(error) => {
+            found("configuration", Finding::Bad(chain(&error)));
+            Config::default()
+        }
+    };
+
+    found(
+        "filter list",
+        match FilterFile::new(config.filter.list.clone(), state).check() {
+            Ok(list) => Finding::Good(format!("{} prefixes, {} labels", list.len(), list.labels().len())),
+            Err(error) => Finding::Bad(chain(&error)),
+        },
+    );
+
+    found("interfaces", interfaces(&config).await);
+
+    found(
+        "udev",
+        if Path::new("/run/udev/control").exists() {
+            Finding::Good("running".into())
+        } else {
+            Finding::Weak(
+                "udevd is not running (/run/udev/control is missing): USB is not watched until it does"
+                    .into(),
+            )
+        },
+    );
+
+    for (name, directory) in [("state", state), ("log", log)] {
+        found(name, space(directory));
+    }
+
+    found("enrolment", match Identity::load(&state.join("identity")) {
+        Ok(Some(identity)) => Finding::Good(format!("seat {} at {}", identity.seat.escaped(), identity.address)),
+        Ok(None) => Finding::Weak(
+            "not enrolled: this PC records for itself only. `netmon-server token` on the server prints the command".into(),
+        ),
+        Err(error) => Finding::Bad(chain(&error)),
+    });
+
+    found(
+        "agent",
+        match status::read(runtime, &Now::read()) {
+            Ok(status) => {
+                Finding::Good(format!("running as process {}; server: {}", status.pid, status.server))
+            }
+            Err(error) => Finding::Weak(chain(&error)),
+        },
+    );
+    checks
+}
+
+async fn interfaces(config: &Config) -> Finding {
+    let choice = match Choice::new(&config.capture.interfaces) {
+        Ok(choice) => choice,
+        Err(problem) => return Finding::Bad(problem),
+    };
+    let links = match links::list().await {
+        Ok(links) => links,
+        Err(error) => return Finding::Bad(chain(&error)),
+    };
+    let missing: Vec<_> = choice.missing(&links).collect();
+    if !missing.is_empty() {
+        return Finding::Bad(format!("there is no {}; change capture.interfaces", missing.join(", no ")));
+    }
+    let names: Vec<_> =
+        links.iter().filter(|link| choice.wants(link)).map(|link| link.name.as_str()).collect();
+    if names.is_empty() {
+        let all: Vec<_> = links.iter().map(|link| link.name.as_str()).collect();
+        return Finding::Weak(format!(
+            "none of {} is chosen by {:?}: name one with --interface or capture.interfaces",
+            all.join(", "),
+            config.capture.interfaces
+        ));
+    }
+    Finding::Good(format!("would watch {}", names.join(", ")))
+}
+
+/// Room for some hours of records.
+const LITTLE_SPACE: u64 = 64 << 20;
+
+/// Space where `directory` is or would be made.
+fn space(directory: &Path) -> Finding {
+    let Some(existing) = directory.ancestors().find(|path| path.exists()) else {
+        return Finding::Bad(format!("{} cannot be made", directory.display()));
+    };
+    match rustix::fs::statvfs(existing) {
+        Err(errno) => Finding::Bad(format!("{}: {errno}", existing.display())),
+        Ok(stat) => {
+            let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+            let text = format!("{}, {} MiB free", directory.display(), free >> 20);
+            if stat.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+                Finding::Bad(format!("{} is on a read-only file system", directory.display()))
+            } else if free < LITTLE_SPACE {
+                Finding::Weak(format!("{text}: make room, or records will be lost while the server is away"))
+            } else {
+                Finding::Good(text)
+            }
+        }
+    }
+}

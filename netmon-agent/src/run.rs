@@ -1,0 +1,244 @@
+//! `netmon-agent run`: one loop in which all sources meet. It waits and hands over; [`Watch`] does the rest.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use jiff::tz::TimeZone;
+use netmon_common::raw::Raw;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::clock::Now;
+use crate::config::{Config, Mode};
+use crate::filter::FilterFile;
+use crate::identity::Identity;
+use crate::journal::Journal;
+use crate::kernel::{self, Kernel, LoadOptions};
+use crate::links::{self, Choice, Link};
+use crate::recorder::Recorder;
+use crate::spool::{Limits, Spool, SpoolHandle};
+use crate::uplink::{self, Introduction, UplinkStatus};
+use crate::usb::{self, UsbOutput};
+use crate::watch::{Start, Watch};
+
+/// Where things are.
+#[derive(Clone, Debug)]
+pub struct Paths {
+    /// Spool, identity, last good filter list.
+    pub state: PathBuf,
+    /// `log.txt` and `usb.log`.
+    pub log: PathBuf,
+    /// `status.json` and the lock.
+    pub runtime: PathBuf,
+}
+
+/// What the user gave wrong, as opposed to what went wrong: the exit status differs.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// Interfaces that were named and are not there.
+    #[error("no such interface: {missing}. This PC has: {present}")]
+    NoSuchInterface {
+        /// Names that were asked for.
+        missing: String,
+        /// Names that exist.
+        present: String,
+    },
+    /// Another agent has the lock.
+    #[error("another netmon-agent is running here: {} is locked. `netmon-agent status` shows it", .0.display())]
+    Running(PathBuf),
+}
+
+/// What woke the loop.
+#[derive(Debug)]
+enum Wake {
+    /// The ring buffer has "flow opened" records.
+    Opened,
+    /// A sweep or another timed duty is due.
+    Due,
+    /// Something about USB; `None`: the USB watch died.
+    Usb(Option<UsbOutput>),
+    /// The interfaces or addresses changed.
+    Links(Vec<Link>),
+    /// SIGTERM or SIGINT.
+    Stop,
+}
+
+/// Watches until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What prevents the start. Once it watches it goes on, whatever fails, and reports it.
+pub async fn run(config: Config, paths: Paths) -> Result<()> {
+    let choice = Choice::new(&config.capture.interfaces).map_err(anyhow::Error::msg)?;
+    kernel::preflight()?;
+    let present = links::list().await?;
+    check_interfaces(&choice, &present)?;
+    for directory in [&paths.state, &paths.runtime] {
+        create(directory)?;
+    }
+    let _locks = (lock(&paths.state)?, lock(&paths.runtime)?);
+
+    let mut filter = FilterFile::new(config.filter.list.clone(), &paths.state);
+    let list = filter.start()?;
+    let mode = match config.capture.mode {
+        Mode::Tc => kernel::Mode::Tc,
+        Mode::Xdp => kernel::Mode::Xdp,
+    };
+    let kernel = Kernel::load(LoadOptions { mode, ..LoadOptions::default() })?;
+    // SAFETY: the `AsyncFd` owns the descriptor, so it stays open for as long as it is registered, and an `OwnedFd`
+    // gives the same descriptor every time.
+    let ring = unsafe { AsyncFd::register_with_interest(kernel.ring_fd()?, Interest::READABLE)? };
+
+    let limits = Limits { bytes: config.spool.max_mib << 20, ..Limits::default() };
+    let (spool, recovered) = Spool::open(&paths.state.join("spool"), limits)?;
+    let spool = SpoolHandle::new(spool);
+    let journal = Journal::open(&paths.log, config.log.max_mib << 20, TimeZone::system())
+        .with_context(|| format!("cannot open the logs in {}", paths.log.display()))?;
+    let recorder = Recorder::new(spool.clone(), journal, recovered.run);
+
+    let identity = Identity::load(&paths.state.join("identity"))?;
+    if identity.is_none() {
+        tracing::warn!("not enrolled at a server: recording here only (`netmon-agent enroll`)");
+    }
+    let uplink = Uplink::start(identity, spool.clone());
+    let mut usb = usb::watch(usb::Options::default())?;
+    let mut links = follow_links();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    let mut watch = Watch::start(Start {
+        kernel,
+        recorder,
+        spool: spool.clone(),
+        recovered,
+        filter,
+        list,
+        choice,
+        config,
+        runtime: paths.runtime.clone(),
+        hostname: hostname(),
+        uplink: uplink.status.clone(),
+        now: Now::read(),
+    })?;
+    watch.links(&Now::read(), present);
+
+    loop {
+        let due = Duration::from_nanos(watch.due_ns().saturating_sub(Now::read().boot_ns));
+        let wake = tokio::select! {
+            _ = terminate.recv() => Wake::Stop,
+            _ = interrupt.recv() => Wake::Stop,
+            () = tokio::time::sleep(due) => Wake::Due,
+            output = usb.next() => Wake::Usb(output),
+            Some(links) = links.recv() => Wake::Links(links),
+            ready = ring.readable() => {
+                ready?.clear_ready();
+                Wake::Opened
+            }
+        };
+        let now = Now::read();
+        match wake {
+            Wake::Opened => watch.opened(&now),
+            Wake::Due => watch.due(&now),
+            Wake::Usb(Some(output)) => watch.usb(&now, output),
+            Wake::Usb(None) => {
+                tracing::error!("the USB watch ended, starting it again");
+                watch.usb(&now, UsbOutput::Watching(false));
+                usb = usb::watch(usb::Options::default())?;
+            }
+            Wake::Links(links) => watch.links(&now, links),
+            Wake::Stop => break,
+        }
+    }
+    drop(usb);
+    watch.stop(&Now::read());
+    // The last records are worth a moment; whatever is not acknowledged by then stays in the spool.
+    if let Err(error) = spool.sync_in_background().await {
+        tracing::error!(error = &error as &dyn std::error::Error, "cannot write the spool's end");
+    }
+    uplink.stop().await;
+    spool.close()?;
+    Ok(())
+}
+
+/// The delivery, on a task of its own.
+struct Uplink {
+    status: watch::Receiver<UplinkStatus>,
+    shutdown: watch::Sender<bool>,
+    task: Option<JoinHandle<()>>,
+}
+
+impl Uplink {
+    fn start(identity: Option<Identity>, spool: SpoolHandle) -> Self {
+        let (shutdown, stopped) = watch::channel(false);
+        let (sender, status) = watch::channel(UplinkStatus::default());
+        let introduction =
+            Introduction { agent_version: env!("CARGO_PKG_VERSION").into(), hostname: hostname() };
+        let task = identity
+            .map(|identity| tokio::spawn(uplink::run(identity, spool, introduction, stopped, sender)));
+        Self { status, shutdown, task }
+    }
+
+    async fn stop(self) {
+        self.shutdown.send_replace(true);
+        if let Some(task) = self.task
+            && let Err(error) = task.await
+        {
+            tracing::error!(%error, "the delivery did not end in good order");
+        }
+    }
+}
+
+fn check_interfaces(choice: &Choice, present: &[Link]) -> Result<(), UsageError> {
+    let missing: Vec<_> = choice.missing(present).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let present: Vec<_> =
+        present.iter().map(|link| Raw::from(link.name.as_str()).escaped().to_string()).collect();
+    Err(UsageError::NoSuchInterface { missing: missing.join(" "), present: present.join(" ") })
+}
+
+/// The interfaces, followed for as long as the agent runs: when netlink fails, it is tried again.
+fn follow_links() -> mpsc::Receiver<Vec<Link>> {
+    let (sender, receiver) = mpsc::channel(4);
+    tokio::spawn(async move {
+        while let Err(error) = links::follow(sender.clone()).await {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "cannot follow the interfaces, trying again"
+            );
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    });
+    receiver
+}
+
+fn create(directory: &Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o750)
+        .create(directory)
+        .with_context(|| format!("cannot create {}", directory.display()))
+}
+
+/// Two agents on one spool or on the same hooks would count and ship everything twice.
+fn lock(directory: &Path) -> Result<std::fs::File> {
+    let path = directory.join("agent.lock");
+    let file = std::fs::File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(UsageError::Running(path).into()),
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
+    }
+}
+
+/// The PC's host name: a label, not an identity.
+pub fn hostname() -> Raw {
+    Raw::new(rustix::system::uname().nodename().to_bytes())
+}
