@@ -13,8 +13,8 @@ use crate::{
     classify::{self, Class},
     frame::Frame,
     maps::{CONFIG, EVENTS, FLOWS4, FLOWS6},
-    parse::{Addresses, Packet, looks_like_quic},
-    stats::{self, Outcome},
+    parse::{Packet, looks_like_quic},
+    stats,
 };
 
 /// The hook tells it.
@@ -43,43 +43,52 @@ impl Direction {
     }
 }
 
-/// Counts a packet in its flow.
+/// Counts a packet in its flow. False: the table has no room for it.
 #[inline(always)]
-pub fn count<F: Frame>(frame: &F, packet: &Packet, direction: Direction) -> Outcome {
+pub fn count<F: Frame>(frame: &F, packet: &Packet, direction: Direction) -> bool {
     let (local_port, remote_port) = direction.sides(packet.source_port, packet.destination_port);
+    let (local, remote) = direction.sides(&packet.source, &packet.destination);
     let protocol = packet.protocol;
-    match packet.addresses {
-        Addresses::V4 { source, destination } => {
-            let (local_addr, remote_addr) = direction.sides(source, destination);
-            let key = Flow4Key { local_addr, remote_addr, local_port, remote_port, protocol, pad: [0; 3] };
-            count_in(frame, packet, direction, &key)
-        }
-        Addresses::V6 { source, destination } => {
-            let (local_addr, remote_addr) = direction.sides(source, destination);
-            let key = Flow6Key { local_addr, remote_addr, local_port, remote_port, protocol, pad: [0; 3] };
-            count_in(frame, packet, direction, &key)
-        }
+    if packet.family == 4 {
+        let key = Flow4Key {
+            local_addr: [local[0], local[1], local[2], local[3]],
+            remote_addr: [remote[0], remote[1], remote[2], remote[3]],
+            local_port,
+            remote_port,
+            protocol,
+            pad: [0; 3],
+        };
+        count_in(frame, packet, direction, &key)
+    } else {
+        let key = Flow6Key {
+            local_addr: *local,
+            remote_addr: *remote,
+            local_port,
+            remote_port,
+            protocol,
+            pad: [0; 3],
+        };
+        count_in(frame, packet, direction, &key)
     }
 }
 
 #[inline(always)]
-fn count_in<F: Frame, K: Key>(frame: &F, packet: &Packet, direction: Direction, key: &K) -> Outcome {
-    let l3_bytes = packet.l3_bytes;
+fn count_in<F: Frame, K: Key>(frame: &F, packet: &Packet, direction: Direction, key: &K) -> bool {
     let mut state = key.find();
     if state.is_none() {
         match open(frame, packet, direction, key) {
-            Added::Stored => return Outcome::Counted { l3_bytes },
-            Added::NoRoom => return Outcome::TableFull { l3_bytes },
+            Added::Stored => return true,
+            Added::NoRoom => return false,
             Added::WasThere => state = key.find(),
         }
     }
     match state {
         Some(state) => {
             update(state, frame, packet, direction, key);
-            Outcome::Counted { l3_bytes }
+            true
         }
         // Another CPU was first with a packet of this flow, and the agent has removed the entry since.
-        None => Outcome::TableFull { l3_bytes },
+        None => false,
     }
 }
 

@@ -1,5 +1,7 @@
 //! One way to read what a hook sees.
 
+use core::arch::asm;
+
 use aya_ebpf::programs::{TcContext, XdpContext};
 
 /// Highest offset that is read; the verifier wants a bound, and headers end long before it.
@@ -52,7 +54,11 @@ pub struct XdpFrame<'a>(pub &'a XdpContext);
 impl Frame for XdpFrame<'_> {
     #[inline(always)]
     fn len(&self) -> u32 {
-        (self.0.data_end() - self.0.data()) as u32
+        let mut length = self.0.data_end();
+        // SAFETY: a subtraction. Written out, because the compiler would compute it in 32 bits, and the verifier
+        // allows no other arithmetic on these two pointers than their difference in 64.
+        unsafe { asm!("{length} -= {start}", length = inout(reg) length, start = in(reg) self.0.data()) };
+        length as u32
     }
 
     #[inline(always)]

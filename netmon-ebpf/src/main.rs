@@ -1,7 +1,7 @@
 //! netmon's kernel programs. They count and never interfere: every path of every program returns "go on".
 //!
 //! * [`frame`]: one way to read an skb and an XDP buffer
-//! * [`parse`]: frame → [`parse::Packet`] or a [`parse::Refusal`]
+//! * [`parse`]: frame → [`parse::Packet`], or why not
 //! * [`classify`]: whose address is it?
 //! * [`flow`]: the flow table and the "flow opened" record
 //! * [`stats`]: what became of every frame
@@ -28,7 +28,8 @@ use aya_ebpf::{
 use crate::{
     flow::Direction,
     frame::{Frame, SkbFrame, XdpFrame},
-    parse::Link,
+    parse::{Link, Packet, Parsed},
+    stats::Outcome,
 };
 
 /// `TCX_NEXT` and `TC_ACT_UNSPEC`: the next program of the chain decides.
@@ -71,10 +72,15 @@ pub fn nm_xdp_ingress(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn watch<F: Frame>(frame: &F, link: Link, direction: Direction) {
-    match parse::parse(frame, link) {
-        Ok(packet) => stats::record(frame, flow::count(frame, &packet, direction)),
-        Err(refusal) => stats::record(frame, refusal.into()),
-    }
+    let mut packet = Packet::default();
+    let outcome = match parse::parse(frame, link, &mut packet) {
+        Parsed::Packet if flow::count(frame, &packet, direction) => Outcome::Counted,
+        Parsed::Packet => Outcome::TableFull,
+        Parsed::NotIp => Outcome::NotIp,
+        Parsed::OtherProtocol => Outcome::OtherProtocol,
+        Parsed::Malformed => Outcome::Malformed,
+    };
+    stats::record(outcome, frame.len(), packet.l3_bytes);
 }
 
 #[panic_handler]

@@ -1,4 +1,7 @@
 //! Frame → [`Packet`], or the reason why not.
+//!
+//! Types in the signatures of subprograms are plain: the BTF that the compiler makes of an enum with data is
+//! refused by the kernel.
 
 use netmon_common::abi::{IPPROTO_TCP, IPPROTO_UDP};
 
@@ -13,14 +16,26 @@ pub enum Link {
     None,
 }
 
-/// A TCP or UDP packet, or a later fragment of one.
+/// A TCP or UDP packet, or a later fragment of one. Aligned, so that it is cleared and filled by whole words.
+#[derive(Default)]
+#[repr(C, align(8))]
 pub struct Packet {
-    /// Who speaks to whom.
-    pub addresses: Addresses,
+    /// Sender, as on the wire; IPv4 in the first four bytes.
+    pub source: [u8; 16],
+    /// Receiver, as on the wire; IPv4 in the first four bytes.
+    pub destination: [u8; 16],
+    /// Bytes from the IP header on, without link-layer padding. Of another protocol's packet, too.
+    pub l3_bytes: u32,
+    /// Bytes behind the TCP or UDP header; in a later fragment: behind the IP header.
+    pub payload: u32,
+    /// Where the payload starts in the frame.
+    pub payload_at: u32,
     /// 0 in a later fragment.
     pub source_port: u16,
     /// 0 in a later fragment.
     pub destination_port: u16,
+    /// 4 or 6.
+    pub family: u8,
     /// [`IPPROTO_TCP`] or [`IPPROTO_UDP`].
     pub protocol: u8,
     /// TCP flags; 0 for anything else.
@@ -29,41 +44,20 @@ pub struct Packet {
     pub fragment: bool,
     /// The frame is addressed to a group of link-layer stations.
     pub group_frame: bool,
-    /// Bytes from the IP header on, without link-layer padding.
-    pub l3_bytes: u32,
-    /// Bytes behind the TCP or UDP header; in a later fragment: behind the IP header.
-    pub payload: u32,
-    /// Where the payload starts in the frame.
-    pub payload_at: u32,
+    /// Always zero.
+    pub pad: [u8; 3],
 }
 
-/// Addresses as they stand on the wire.
-pub enum Addresses {
-    /// IPv4.
-    V4 {
-        /// Sender.
-        source: [u8; 4],
-        /// Receiver.
-        destination: [u8; 4],
-    },
-    /// IPv6.
-    V6 {
-        /// Sender.
-        source: [u8; 16],
-        /// Receiver.
-        destination: [u8; 16],
-    },
-}
-
-/// Why a frame is in no flow.
-pub enum Refusal {
+/// What a frame is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Parsed {
+    /// A [`Packet`], completely filled in.
+    Packet,
     /// ARP, LLDP, PPPoE, a third VLAN tag …
     NotIp,
-    /// IP, but neither TCP nor UDP.
-    OtherProtocol {
-        /// Bytes from the IP header on.
-        l3_bytes: u32,
-    },
+    /// IP, but neither TCP nor UDP. Only `l3_bytes` is filled in.
+    OtherProtocol,
     /// Too short, or its lengths contradict each other.
     Malformed,
 }
@@ -93,105 +87,107 @@ const TCP_HEADER: u32 = 20;
 const UDP_HEADER: u32 = 8;
 
 /// Reads a frame down to its TCP or UDP header.
-#[inline(always)]
-pub fn parse<F: Frame>(frame: &F, link: Link) -> Result<Packet, Refusal> {
-    match link {
-        Link::Ethernet => ethernet(frame),
-        Link::None => {
-            let [first] = frame.bytes::<1>(0).ok_or(Refusal::Malformed)?;
-            match first >> 4 {
-                4 => ipv4(frame, 0, false),
-                6 => ipv6(frame, 0, false),
-                _ => Err(Refusal::NotIp),
-            }
-        }
-    }
+///
+/// Its own subprogram: its stack is free again when the packet is counted, and both need much of it.
+#[inline(never)]
+pub fn parse<F: Frame>(frame: &F, link: Link, packet: &mut Packet) -> Parsed {
+    let parsed = match link {
+        Link::Ethernet => ethernet(frame, packet),
+        Link::None => match frame.bytes::<1>(0) {
+            Some([first]) if first >> 4 == 4 => ipv4(frame, 0, packet),
+            Some([first]) if first >> 4 == 6 => ipv6(frame, 0, packet),
+            Some(_) => return Parsed::NotIp,
+            None => None,
+        },
+    };
+    parsed.unwrap_or(Parsed::Malformed)
 }
 
+/// `None`, here and below: malformed.
 #[inline(always)]
-fn ethernet<F: Frame>(frame: &F) -> Result<Packet, Refusal> {
-    let header: [u8; 14] = frame.bytes(0).ok_or(Refusal::Malformed)?;
-    let group = header[0] & 1 != 0;
+fn ethernet<F: Frame>(frame: &F, packet: &mut Packet) -> Option<Parsed> {
+    let header: [u8; 14] = frame.bytes(0)?;
+    packet.group_frame = header[0] & 1 != 0;
     let mut ethertype = u16::from_be_bytes([header[12], header[13]]);
     let mut at = ETHERNET_HEADER;
     for _ in 0..MAX_VLAN_TAGS {
         if ethertype != ETHERTYPES_VLAN[0] && ethertype != ETHERTYPES_VLAN[1] {
             break;
         }
-        let tag: [u8; 4] = frame.bytes(at).ok_or(Refusal::Malformed)?;
+        let tag: [u8; 4] = frame.bytes(at)?;
         ethertype = u16::from_be_bytes([tag[2], tag[3]]);
         at += VLAN_TAG;
     }
     match ethertype {
-        ETHERTYPE_IPV4 => ipv4(frame, at, group),
-        ETHERTYPE_IPV6 => ipv6(frame, at, group),
-        _ => Err(Refusal::NotIp),
+        ETHERTYPE_IPV4 => ipv4(frame, at, packet),
+        ETHERTYPE_IPV6 => ipv6(frame, at, packet),
+        _ => Some(Parsed::NotIp),
     }
 }
 
 /// RFC 791, section 3.1.
 #[inline(always)]
-fn ipv4<F: Frame>(frame: &F, at: u32, group_frame: bool) -> Result<Packet, Refusal> {
-    let header: [u8; 20] = frame.bytes(at).ok_or(Refusal::Malformed)?;
+fn ipv4<F: Frame>(frame: &F, at: u32, packet: &mut Packet) -> Option<Parsed> {
+    let header: [u8; 20] = frame.bytes(at)?;
     let header_bytes = u32::from(header[0] & 0x0f) * 4;
-    let l3_bytes = l3_bytes(frame, at, u32::from(u16::from_be_bytes([header[2], header[3]])));
-    if header[0] >> 4 != 4 || header_bytes < 20 || l3_bytes < header_bytes {
-        return Err(Refusal::Malformed);
+    packet.l3_bytes = l3_bytes(frame, at, u32::from(u16::from_be_bytes([header[2], header[3]])));
+    if header[0] >> 4 != 4 || header_bytes < 20 || packet.l3_bytes < header_bytes {
+        return None;
     }
-    let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
-    let addresses = Addresses::V4 {
-        source: [header[12], header[13], header[14], header[15]],
-        destination: [header[16], header[17], header[18], header[19]],
-    };
-    transport(frame, Ip { addresses, protocol: header[9], at, header_bytes, l3_bytes, fragment, group_frame })
+    packet.family = 4;
+    packet.protocol = header[9];
+    packet.fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
+    packet.source[..4].copy_from_slice(&header[12..16]);
+    packet.destination[..4].copy_from_slice(&header[16..20]);
+    transport(frame, at, header_bytes, packet)
 }
 
 /// RFC 8200, sections 3 and 4.
 #[inline(always)]
-fn ipv6<F: Frame>(frame: &F, at: u32, group_frame: bool) -> Result<Packet, Refusal> {
-    let header: [u8; 40] = frame.bytes(at).ok_or(Refusal::Malformed)?;
+fn ipv6<F: Frame>(frame: &F, at: u32, packet: &mut Packet) -> Option<Parsed> {
+    let header: [u8; 8] = frame.bytes(at)?;
+    packet.source = frame.bytes(at + 8)?;
+    packet.destination = frame.bytes(at + 24)?;
     if header[0] >> 4 != 6 {
-        return Err(Refusal::Malformed);
+        return None;
     }
     let payload = u32::from(u16::from_be_bytes([header[4], header[5]]));
     // A jumbo payload (RFC 2675; the kernel's own big TCP packets) says 0 here.
-    let l3_bytes = l3_bytes(frame, at, if payload == 0 { 0 } else { payload + IPV6_HEADER });
-    let (mut source, mut destination) = ([0; 16], [0; 16]);
-    source.copy_from_slice(&header[8..24]);
-    destination.copy_from_slice(&header[24..40]);
+    packet.l3_bytes = l3_bytes(frame, at, if payload == 0 { 0 } else { payload + IPV6_HEADER });
+    packet.family = 6;
 
     let mut protocol = header[6];
     let mut header_bytes = IPV6_HEADER;
-    let mut fragment = false;
     for _ in 0..MAX_EXTENSION_HEADERS {
-        let unit = match protocol {
-            HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS | MOBILITY | HIP | SHIM6 => 8,
-            // RFC 4302, section 2.2: in units of 4 bytes, minus 2.
-            AUTHENTICATION => 4,
-            FRAGMENT => 0,
-            _ => break,
-        };
-        let extension: [u8; 4] = frame.bytes(at + header_bytes).ok_or(Refusal::Malformed)?;
-        protocol = extension[0];
-        if unit == 0 {
-            header_bytes += 8;
-            fragment = u16::from_be_bytes([extension[2], extension[3]]) & 0xfff8 != 0;
-            if fragment {
-                break;
-            }
-        } else {
-            header_bytes += 8 + u32::from(extension[1]) * unit;
+        if !is_extension(protocol) || packet.fragment {
+            break;
         }
+        let extension: [u8; 4] = frame.bytes(at + header_bytes)?;
+        header_bytes += match protocol {
+            FRAGMENT => {
+                packet.fragment = u16::from_be_bytes([extension[2], extension[3]]) & 0xfff8 != 0;
+                8
+            }
+            // RFC 4302, section 2.2: in units of four bytes, minus two.
+            AUTHENTICATION => (u32::from(extension[1]) + 2) * 4,
+            _ => (u32::from(extension[1]) + 1) * 8,
+        };
+        protocol = extension[0];
     }
-    let extension_left = matches!(
+    // In a later fragment, what follows its header is data, whatever the header calls it.
+    if packet.l3_bytes < header_bytes || (is_extension(protocol) && !packet.fragment) {
+        return None;
+    }
+    packet.protocol = protocol;
+    transport(frame, at, header_bytes, packet)
+}
+
+#[inline(always)]
+fn is_extension(protocol: u8) -> bool {
+    matches!(
         protocol,
-        HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS | MOBILITY | HIP | SHIM6 | AUTHENTICATION | FRAGMENT
-    );
-    if l3_bytes < header_bytes || (extension_left && !fragment) {
-        return Err(Refusal::Malformed);
-    }
-    let addresses = Addresses::V6 { source, destination };
-    transport(frame, Ip { addresses, protocol, at, header_bytes, l3_bytes, fragment, group_frame })
+        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS | MOBILITY | HIP | SHIM6
+    )
 }
 
 /// What the IP header says, or what the frame holds when that is less (or when the header says nothing: a
@@ -202,59 +198,37 @@ fn l3_bytes<F: Frame>(frame: &F, at: u32, said: u32) -> u32 {
     if said != 0 && said < held { said } else { held }
 }
 
-struct Ip {
-    addresses: Addresses,
-    protocol: u8,
-    at: u32,
-    header_bytes: u32,
-    l3_bytes: u32,
-    fragment: bool,
-    group_frame: bool,
-}
-
 #[inline(always)]
-fn transport<F: Frame>(frame: &F, ip: Ip) -> Result<Packet, Refusal> {
-    let Ip { addresses, protocol, at, header_bytes, l3_bytes, fragment, group_frame } = ip;
-    if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
-        return Err(Refusal::OtherProtocol { l3_bytes });
+fn transport<F: Frame>(frame: &F, at: u32, header_bytes: u32, packet: &mut Packet) -> Option<Parsed> {
+    if packet.protocol != IPPROTO_TCP && packet.protocol != IPPROTO_UDP {
+        return Some(Parsed::OtherProtocol);
     }
     let at = at + header_bytes;
-    let held = l3_bytes - header_bytes;
-    let (source_port, destination_port, transport_bytes, tcp_flags) = if fragment {
-        (0, 0, 0, 0)
-    } else if protocol == IPPROTO_TCP {
-        // RFC 9293, section 3.1: the data offset counts words of four bytes.
-        let header: [u8; 14] = frame.bytes(at).ok_or(Refusal::Malformed)?;
-        let header_bytes = u32::from(header[12] >> 4) * 4;
-        if header_bytes < TCP_HEADER {
-            return Err(Refusal::Malformed);
+    let held = packet.l3_bytes - header_bytes;
+    let mut transport_bytes = 0;
+    if !packet.fragment {
+        // Both start with the ports.
+        let ports: [u8; 4] = frame.bytes(at)?;
+        packet.source_port = u16::from_be_bytes([ports[0], ports[1]]);
+        packet.destination_port = u16::from_be_bytes([ports[2], ports[3]]);
+        transport_bytes = UDP_HEADER;
+        if packet.protocol == IPPROTO_TCP {
+            // RFC 9293, section 3.1: the data offset counts words of four bytes.
+            let [offset, flags] = frame.bytes::<2>(at + 12)?;
+            packet.tcp_flags = flags;
+            transport_bytes = u32::from(offset >> 4) * 4;
+            if transport_bytes < TCP_HEADER {
+                return None;
+            }
         }
-        (port(header[0], header[1]), port(header[2], header[3]), header_bytes, header[13])
-    } else {
-        let header: [u8; 4] = frame.bytes(at).ok_or(Refusal::Malformed)?;
-        (port(header[0], header[1]), port(header[2], header[3]), UDP_HEADER, 0)
-    };
+    }
     // Padding behind a short IP packet is not a transport header.
     if held < transport_bytes {
-        return Err(Refusal::Malformed);
+        return None;
     }
-    Ok(Packet {
-        addresses,
-        source_port,
-        destination_port,
-        protocol,
-        tcp_flags,
-        fragment,
-        group_frame,
-        l3_bytes,
-        payload: held - transport_bytes,
-        payload_at: at + transport_bytes,
-    })
-}
-
-#[inline(always)]
-fn port(high: u8, low: u8) -> u16 {
-    u16::from_be_bytes([high, low])
+    packet.payload = held - transport_bytes;
+    packet.payload_at = at + transport_bytes;
+    Some(Parsed::Packet)
 }
 
 /// Long header form and fixed bit (RFC 9000, 17.2), then version 1 or 2 (RFC 9369, 3.1).

@@ -1,0 +1,228 @@
+//! What the tests stand on: threads with namespaces of their own, and the programs loaded under a private pin
+//! directory. Namespaces end with their thread; nothing is left on the machine.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    process::Command,
+    sync::mpsc,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp};
+use aya_obj::programs::XdpAttachType;
+use netmon_agent::kernel::{FlowId, FlowReading, Kernel, LoadOptions};
+use netmon_common::abi::{FlowOpened, FlowState, Stats, programs};
+use rustix::{
+    mount::{MountFlags, MountPropagationFlags, mount, mount_change},
+    process::geteuid,
+    thread::{UnshareFlags, gettid, unshare_unsafe},
+};
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A thread in a network and a mount namespace of its own, with a BPF file system at `/sys/fs/bpf`-like `bpffs`.
+pub struct Host {
+    pub tid: i32,
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    pub bpffs: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Host {
+    pub fn new() -> Self {
+        assert!(
+            geteuid().is_root(),
+            "these tests need root: sudo -E cargo test -p netmon-agent --test kernel"
+        );
+        let directory = tempfile::tempdir().unwrap();
+        let bpffs = directory.path().to_owned();
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let (ready, wait) = mpsc::channel();
+        let mount_point = bpffs.clone();
+        let thread = thread::spawn(move || {
+            // SAFETY: file system attributes and namespaces of this thread alone; no file descriptors are unshared.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS) }.unwrap();
+            mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+            mount("bpf", &mount_point, "bpf", MountFlags::empty(), None).unwrap();
+            ip("link set lo up");
+            ready.send(gettid().as_raw_nonzero().get()).unwrap();
+            for job in queue {
+                job();
+            }
+        });
+        let tid = wait.recv().expect("the host's thread could not make its namespaces");
+        Self { tid, jobs: Some(jobs), thread: Some(thread), bpffs, _directory: directory }
+    }
+
+    /// Runs something in the host, and waits for it. A panic in there is one here.
+    pub fn run<R: Send + 'static>(&self, job: impl FnOnce() -> R + Send + 'static) -> R {
+        self.start(job).recv().expect("the job in the host panicked")
+    }
+
+    /// Starts something in the host that runs beside the caller.
+    pub fn start<R: Send + 'static>(&self, job: impl FnOnce() -> R + Send + 'static) -> mpsc::Receiver<R> {
+        let (result, wait) = mpsc::channel();
+        let job = Box::new(move || {
+            // The receiver has gone when its test has failed already.
+            let _ = result.send(job());
+        });
+        self.jobs.as_ref().unwrap().send(job).expect("an earlier job in the host panicked");
+        wait
+    }
+
+    pub fn ip(&self, arguments: &str) -> String {
+        let arguments = arguments.to_owned();
+        self.run(move || ip(&arguments))
+    }
+
+    pub fn options(&self) -> LoadOptions {
+        LoadOptions { pin_dir: self.bpffs.join("netmon"), ..LoadOptions::default() }
+    }
+
+    pub fn load(&self, options: LoadOptions) -> Kernel {
+        self.run(move || Kernel::load(options)).unwrap_or_else(|error| panic!("{}", chain(&error)))
+    }
+
+    pub fn ifindex(&self, name: &str) -> u32 {
+        let links: serde_json::Value =
+            serde_json::from_str(&self.ip(&format!("-j link show dev {name}"))).unwrap();
+        links[0]["ifindex"].as_u64().unwrap() as u32
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// An error with its causes.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// Runs a command in the namespaces of the calling thread and returns what it prints.
+pub fn sh(program: &str, arguments: &str) -> String {
+    let output = Command::new(program).args(arguments.split_whitespace()).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+pub fn ip(arguments: &str) -> String {
+    sh("ip", arguments)
+}
+
+/// Asks until the answer is `Ok`, for ten seconds at most; then fails with the last `Err`.
+pub fn eventually<T>(mut ask: impl FnMut() -> Result<T, String>) -> T {
+    #[expect(clippy::disallowed_methods, reason = "a test waits in real time")]
+    let start = Instant::now();
+    loop {
+        match ask() {
+            Ok(answer) => return answer,
+            Err(why) => assert!(start.elapsed() < Duration::from_secs(10), "{why}"),
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The programs, run by `BPF_PROG_TEST_RUN` on frames that the test makes.
+pub struct Bench {
+    pub host: Host,
+    pub kernel: Kernel,
+}
+
+/// Every entry point for Ethernet frames: name, direction, verdict "go on".
+pub const ENTRIES: [(&str, bool, u32); 3] = [
+    (programs::TC_INGRESS, false, u32::MAX),
+    (programs::TC_EGRESS, true, u32::MAX),
+    (programs::XDP_INGRESS, false, 2),
+];
+
+impl Bench {
+    pub fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    pub fn with(change: impl FnOnce(&mut LoadOptions)) -> Self {
+        let host = Host::new();
+        let mut options = host.options();
+        change(&mut options);
+        let kernel = host.load(options);
+        Self { host, kernel }
+    }
+
+    pub fn pin(&self, name: &str) -> PathBuf {
+        self.host.bpffs.join("netmon").join(name)
+    }
+
+    /// Runs a frame through a program and returns the verdict.
+    pub fn run(&self, program: &'static str, frame: &[u8]) -> u32 {
+        let (pin, frame) = (self.pin(program), frame.to_vec());
+        self.host.run(move || {
+            let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
+            if program == programs::XDP_INGRESS {
+                Xdp::from_pin(pin, XdpAttachType::Interface).unwrap().test_run(options).unwrap().return_value
+            } else {
+                SchedClassifier::from_pin(pin).unwrap().test_run(options).unwrap().return_value
+            }
+        })
+    }
+
+    /// A frame that arrives (TC).
+    pub fn receive(&self, frame: &[u8]) {
+        assert_eq!(self.run(programs::TC_INGRESS, frame), u32::MAX);
+    }
+
+    /// A frame that leaves.
+    pub fn send(&self, frame: &[u8]) {
+        assert_eq!(self.run(programs::TC_EGRESS, frame), u32::MAX);
+    }
+
+    pub fn stats(&self) -> Stats {
+        stats(&self.kernel)
+    }
+
+    pub fn flows(&mut self) -> BTreeMap<FlowId, FlowState> {
+        flows(&mut self.kernel)
+    }
+
+    /// The only flow.
+    pub fn flow(&mut self) -> (FlowId, FlowState) {
+        let flows = self.flows();
+        assert_eq!(flows.len(), 1, "{flows:#?}");
+        flows.into_iter().next().unwrap()
+    }
+
+    pub fn opened(&mut self) -> Vec<FlowOpened> {
+        std::iter::from_fn(|| self.kernel.next_opened()).collect()
+    }
+}
+
+/// The statistics, after checking that every frame is in exactly one of them.
+pub fn stats(kernel: &Kernel) -> Stats {
+    let stats = kernel.stats().unwrap();
+    let sum = stats.counted + stats.not_ip + stats.other_protocol + stats.malformed + stats.table_full;
+    assert_eq!(stats.seen, sum, "{stats:?}");
+    stats
+}
+
+pub fn flows(kernel: &mut Kernel) -> BTreeMap<FlowId, FlowState> {
+    let mut readings = Vec::<FlowReading>::new();
+    kernel.sweep(0, u64::MAX, &mut readings).unwrap();
+    let count = readings.len();
+    let flows: BTreeMap<_, _> = readings.into_iter().map(|reading| (reading.flow, reading.state)).collect();
+    assert_eq!(flows.len(), count, "a flow was read twice");
+    flows
+}
