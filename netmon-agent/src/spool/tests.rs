@@ -302,7 +302,7 @@ fn a_torn_end_is_cut_off_counted_once_and_begins_a_new_epoch() {
 fn damage_in_an_older_segment_costs_only_what_stands_behind_it_there() {
     let memory = Memory::default();
     let (mut spool, _) = open(&memory, SMALL);
-    for n in 1..=40 {
+    for n in 1..=200 {
         append(&mut spool, n).unwrap();
         spool.sync().unwrap();
     }
@@ -313,7 +313,7 @@ fn damage_in_an_older_segment_costs_only_what_stands_behind_it_there() {
     let (mut spool, recovered) = open(&memory, SMALL);
     assert!(recovered.damaged_bytes > 0 && recovered.new_epoch);
     let after = all(&mut spool).into_iter().map(|(_, _, event)| event).collect::<Vec<_>>();
-    assert!(after.len() < before.len() && after.len() > 25, "{}", after.len());
+    assert!(after.len() < before.len() && after.len() > 170, "{}", after.len());
     assert!(before.ends_with(&after[after.len() - 20..]));
 }
 
@@ -321,13 +321,13 @@ fn damage_in_an_older_segment_costs_only_what_stands_behind_it_there() {
 fn damage_that_happens_while_the_agent_runs_is_cut_out_and_reported() {
     let memory = Memory::default();
     let (mut spool, _) = open(&memory, SMALL);
-    for n in 1..=40 {
+    for n in 1..=200 {
         append(&mut spool, n).unwrap();
         spool.sync().unwrap();
     }
     memory.damage(&memory.segments()[1], |bytes| bytes[60] ^= 1);
     let found = events(&mut spool);
-    assert!(found.len() < 40 && found.ends_with(&[event(40)]));
+    assert!(found.len() < 200 && found.len() > 170 && found.ends_with(&[event(200)]));
     let gaps = spool.take_gaps();
     assert!(matches!(gaps[..], [Gap { reason: GapReason::SpoolDamaged, count: Some(1..), .. }]), "{gaps:?}");
     assert_eq!(spool.take_gaps(), []);
@@ -500,7 +500,7 @@ fn a_directory_on_disk_is_private_and_held_by_one_spool() {
 fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
     let mut crashes = 0;
     for seed in 1..=400_u64 {
-        let mut random = Random(seed * 0x9e37_79b9_7f4a_7c15);
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut memory = Memory::default();
         let (mut spool, _) = open(&memory, SMALL);
         // Everything that was ever synced, by its name at the server; what of it is not acked, in order.

@@ -311,7 +311,7 @@ async fn converse(
     spool: &SpoolHandle,
     introduction: &Introduction,
     status: &watch::Sender<UplinkStatus>,
-    on_welcome: &mut dyn FnMut(),
+    on_welcome: &mut (dyn FnMut() + Send),
 ) -> Result<std::convert::Infallible, UplinkError> {
     let opened = tokio::time::timeout(ANSWER, connection.open_bi()).await.map_err(|_| UplinkError::Stuck)?;
     let (mut send, receive) = opened.map_err(|error| broken(&error))?;
