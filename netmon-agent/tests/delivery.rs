@@ -232,6 +232,17 @@ async fn a_certificate_for_another_key_is_not_stored() {
 }
 
 #[tokio::test]
+async fn a_token_is_not_spent_when_the_identity_cannot_be_stored() {
+    let ca = Ca::new();
+    let (_endpoint, address) = enrolment_server(&ca, |_| panic!("it was asked"));
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let error = enrol_at(address, ca.fingerprint(), &file.join("identity"), true).await.unwrap_err();
+    assert!(matches!(error, EnrollError::Unwritable(_)), "{error:?}");
+}
+
+#[tokio::test]
 async fn a_server_that_does_not_answer_is_named() {
     let silent = std::net::UdpSocket::bind(loopback(0)).unwrap();
     let address = silent.local_addr().unwrap();
