@@ -73,6 +73,8 @@ impl Memory {
                 names.insert(name.clone(), Arc::clone(node));
             }
         }
+        // A removed name may be gone or not, each for itself.
+        names.retain(|name, _| state.names.contains_key(name) || random.below(2) == 0);
         let left = names.into_iter().map(|(name, node)| {
             let content = node.lock().unwrap();
             let mut bytes = content.synced.clone();
@@ -359,7 +361,7 @@ fn a_full_disk_is_waited_out_in_memory_then_counted_then_reported() {
         to_wall_ns: n as i64 + 1,
         count: Some(2),
     };
-    assert_eq!(gaps, [gap.clone()]);
+    assert_eq!(gaps, std::slice::from_ref(&gap));
     assert_eq!(spool.append(0, 0, Event::Gap(gap.clone())).unwrap(), n);
     spool.sync().unwrap();
     let mut expected: Vec<_> = (1..n).map(event).collect();
@@ -399,6 +401,8 @@ fn a_failed_fsync_is_not_repeated_on_the_same_file() {
     assert_eq!(events(&mut spool), [1, 2, 3].map(event));
     assert_eq!(spool.stats().backlog, 3);
     drop(spool);
+    // The old segment's unsynced end is torn: no damage, its records are in the new one.
+    memory.damage(&memory.segments()[0], |bytes| bytes.truncate(bytes.len() - 1));
     let (mut spool, recovered) = open(&memory, SMALL);
     assert_eq!((recovered.damaged_bytes, recovered.backlog), (0, 3));
     assert_eq!(events(&mut spool), [1, 2, 3].map(event));
