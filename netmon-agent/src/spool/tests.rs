@@ -503,7 +503,7 @@ fn a_directory_on_disk_is_private_and_held_by_one_spool() {
 #[test]
 fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
     let (mut crashes, mut failed_starts) = (0, 0);
-    for seed in 1..=400_u64 {
+    for seed in 1..=150_u64 {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut memory = Memory::default();
         let (mut spool, _) = open(&memory, SMALL);
@@ -589,5 +589,5 @@ fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
             assert_eq!(unique.len(), keys.len(), "seed {seed}: a record is read twice");
         }
     }
-    assert!(crashes > 1000 && failed_starts > 100, "{crashes} {failed_starts}");
+    assert!(crashes > 500 && failed_starts > 50, "{crashes} {failed_starts}");
 }
