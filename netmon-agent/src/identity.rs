@@ -88,6 +88,9 @@ pub enum EnrollError {
     /// The stored identity is damaged, and `--replace` was not given.
     #[error("there is an identity already, but it cannot be used")]
     Stored(#[source] IdentityError),
+    /// The identity could not be stored; the server was not asked, the token is not spent.
+    #[error("there is no place to store the identity (are you root?); the token is not used up")]
+    Unwritable(#[source] IdentityError),
     /// The server's name has no address.
     #[error("cannot find the address of {address}")]
     Resolve {
@@ -237,7 +240,7 @@ impl Identity {
             move |source| IdentityError::Write { path, source }
         };
         let mut builder = DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(directory).map_err(failed(directory))?;
+        builder.mode(0o700);
         // A certificate is made once: its fingerprint is a name that no other identity has.
         let name = enroll::Hex(&Sha256::digest(&self.certificate)[..8]).to_string();
         let new = directory.join(&name);
@@ -293,6 +296,8 @@ pub async fn enroll(
     if !replace && let Some(identity) = Identity::load(directory).map_err(EnrollError::Stored)? {
         return Err(EnrollError::Already { seat: identity.seat, address: identity.address });
     }
+    // Before the token is spent.
+    prepare(directory).map_err(EnrollError::Unwritable)?;
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(EnrollError::Key)?;
     let csr = CertificateParams::default().serialize_request(&key).map_err(EnrollError::Key)?;
     let request =
@@ -327,6 +332,16 @@ pub async fn enroll(
     identity.tls().map_err(|_| unusable("its certificates make no TLS configuration"))?;
     identity.store(&key.serialize_pem(), directory).map_err(EnrollError::Store)?;
     Ok(granted)
+}
+
+/// Makes the directory and shows that files can be written there.
+fn prepare(directory: &Path) -> Result<(), IdentityError> {
+    let failed = |path: &Path, source| IdentityError::Write { path: path.to_owned(), source };
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+    made.map_err(|source| failed(directory, source))?;
+    let probe = directory.join("probe");
+    let written = write_private(&probe, b"netmon").and_then(|()| std::fs::remove_file(&probe));
+    written.map_err(|source| failed(&probe, source))
 }
 
 async fn ask(token: &Token, request: &Request) -> Result<Reply, EnrollError> {

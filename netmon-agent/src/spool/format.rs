@@ -188,7 +188,7 @@ mod tests {
         assert_eq!(
             hex,
             "6e6d73706f6f6c00010000000300000011000000000000008877665544332211a10f000000000000\
-             REPLACE"
+             5ff9ed3f0300000045488d166f6e65"
         );
         assert_eq!(Header::decode(&bytes), Ok(HEADER_1));
         assert_eq!(frames(&bytes[HEADER..], 4001).collect::<Vec<_>>(), [b"one"]);

@@ -450,7 +450,7 @@ impl<F: Files> Spool<F> {
             let Some((file, offset)) = self.seek(&segment, start)? else { continue };
             let left = (segment.bytes - offset) as usize;
             let length = left.min(max_bytes.max(MAX_RECORD) + (max_records.max(1) + 1) * FRAME);
-            let bytes = read_at_most(&*self.files, &file, offset, length).unwrap_or_default();
+            let bytes = self.read_bytes(&segment, &file, offset, length);
             let mut found = frames(&bytes, start);
             let mut size = 0;
             let mut records = Vec::new();
@@ -481,6 +481,14 @@ impl<F: Files> Spool<F> {
         }
     }
 
+    /// What cannot be read is as good as damaged: a local disk that fails to read once will do so again.
+    fn read_bytes(&self, segment: &Segment, file: &F::File, offset: u64, length: usize) -> Vec<u8> {
+        read_at_most(&*self.files, file, offset, length).unwrap_or_else(|error| {
+            tracing::error!(segment = segment.name(), %error, "cannot read a spool segment");
+            Vec::new()
+        })
+    }
+
     /// Where record `seq` of a segment stands; `None`: something in front of it is damaged (and cut now).
     fn seek(&mut self, segment: &Segment, seq: u64) -> Result<Option<(F::File, u64)>, SpoolError> {
         if let Some(cursor) = &self.cursor
@@ -496,8 +504,7 @@ impl<F: Files> Spool<F> {
             }
             Err(source) => return Err(SpoolError::Open { name: segment.name(), source }),
         };
-        let all = read_at_most(&*self.files, &file, HEADER as u64, segment.bytes as usize - HEADER)
-            .unwrap_or_default();
+        let all = self.read_bytes(segment, &file, HEADER as u64, segment.bytes as usize - HEADER);
         let mut offset = HEADER;
         for at in segment.first_seq..seq {
             let Next::Record(record) = next_frame(&all[offset - HEADER..], at) else {

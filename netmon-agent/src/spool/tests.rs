@@ -73,6 +73,8 @@ impl Memory {
                 names.insert(name.clone(), Arc::clone(node));
             }
         }
+        // A removed name may be gone or not, each for itself.
+        names.retain(|name, _| state.names.contains_key(name) || random.below(2) == 0);
         let left = names.into_iter().map(|(name, node)| {
             let content = node.lock().unwrap();
             let mut bytes = content.synced.clone();
@@ -302,7 +304,7 @@ fn a_torn_end_is_cut_off_counted_once_and_begins_a_new_epoch() {
 fn damage_in_an_older_segment_costs_only_what_stands_behind_it_there() {
     let memory = Memory::default();
     let (mut spool, _) = open(&memory, SMALL);
-    for n in 1..=40 {
+    for n in 1..=200 {
         append(&mut spool, n).unwrap();
         spool.sync().unwrap();
     }
@@ -313,7 +315,7 @@ fn damage_in_an_older_segment_costs_only_what_stands_behind_it_there() {
     let (mut spool, recovered) = open(&memory, SMALL);
     assert!(recovered.damaged_bytes > 0 && recovered.new_epoch);
     let after = all(&mut spool).into_iter().map(|(_, _, event)| event).collect::<Vec<_>>();
-    assert!(after.len() < before.len() && after.len() > 25, "{}", after.len());
+    assert!(after.len() < before.len() && after.len() > 170, "{}", after.len());
     assert!(before.ends_with(&after[after.len() - 20..]));
 }
 
@@ -321,13 +323,13 @@ fn damage_in_an_older_segment_costs_only_what_stands_behind_it_there() {
 fn damage_that_happens_while_the_agent_runs_is_cut_out_and_reported() {
     let memory = Memory::default();
     let (mut spool, _) = open(&memory, SMALL);
-    for n in 1..=40 {
+    for n in 1..=200 {
         append(&mut spool, n).unwrap();
         spool.sync().unwrap();
     }
     memory.damage(&memory.segments()[1], |bytes| bytes[60] ^= 1);
     let found = events(&mut spool);
-    assert!(found.len() < 40 && found.ends_with(&[event(40)]));
+    assert!(found.len() < 200 && found.len() > 170 && found.ends_with(&[event(200)]));
     let gaps = spool.take_gaps();
     assert!(matches!(gaps[..], [Gap { reason: GapReason::SpoolDamaged, count: Some(1..), .. }]), "{gaps:?}");
     assert_eq!(spool.take_gaps(), []);
@@ -359,7 +361,7 @@ fn a_full_disk_is_waited_out_in_memory_then_counted_then_reported() {
         to_wall_ns: n as i64 + 1,
         count: Some(2),
     };
-    assert_eq!(gaps, [gap.clone()]);
+    assert_eq!(gaps, std::slice::from_ref(&gap));
     assert_eq!(spool.append(0, 0, Event::Gap(gap.clone())).unwrap(), n);
     spool.sync().unwrap();
     let mut expected: Vec<_> = (1..n).map(event).collect();
@@ -399,6 +401,8 @@ fn a_failed_fsync_is_not_repeated_on_the_same_file() {
     assert_eq!(events(&mut spool), [1, 2, 3].map(event));
     assert_eq!(spool.stats().backlog, 3);
     drop(spool);
+    // The old segment's unsynced end is torn: no damage, its records are in the new one.
+    memory.damage(&memory.segments()[0], |bytes| bytes.truncate(bytes.len() - 1));
     let (mut spool, recovered) = open(&memory, SMALL);
     assert_eq!((recovered.damaged_bytes, recovered.backlog), (0, 3));
     assert_eq!(events(&mut spool), [1, 2, 3].map(event));
@@ -498,9 +502,9 @@ fn a_directory_on_disk_is_private_and_held_by_one_spool() {
 /// ever stands for two records.
 #[test]
 fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
-    let mut crashes = 0;
-    for seed in 1..=400_u64 {
-        let mut random = Random(seed * 0x9e37_79b9_7f4a_7c15);
+    let (mut crashes, mut failed_starts) = (0, 0);
+    for seed in 1..=150_u64 {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut memory = Memory::default();
         let (mut spool, _) = open(&memory, SMALL);
         // Everything that was ever synced, by its name at the server; what of it is not acked, in order.
@@ -556,7 +560,12 @@ fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
                     if cut {
                         memory = memory.after_power_cut(&mut random);
                     }
-                    (spool, _) = open(&memory, SMALL);
+                    // A start that fails half-way is a crash, too.
+                    memory.state().fails_in = [None, Some(random.below(8))][random.below(2) as usize];
+                    let opened = Spool::open_in(memory.clone(), Path::new("spool"), SMALL);
+                    memory.state().fails_in = None;
+                    failed_starts += u64::from(opened.is_err());
+                    spool = opened.map_or_else(|_| open(&memory, SMALL).0, |(spool, _)| spool);
                 }
             }
             let found = all(&mut spool);
@@ -580,5 +589,5 @@ fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
             assert_eq!(unique.len(), keys.len(), "seed {seed}: a record is read twice");
         }
     }
-    assert!(crashes > 1000, "{crashes}");
+    assert!(crashes > 500 && failed_starts > 50, "{crashes} {failed_starts}");
 }

@@ -250,9 +250,9 @@ async fn deliver(
             Err(error) => error,
             Ok((connection, local_port)) => {
                 let remote = connection.remote_address();
+                let acked_before = status.borrow().acked;
                 let mut on_welcome = || {
                     tracing::info!(%remote, backlog = spool.stats().backlog, "connected to the server");
-                    attempt = 0;
                     let since_wall_ns = Now::read().wall_ns;
                     status.send_modify(|status| {
                         status.state = UplinkState::Connected { remote, local_port, since_wall_ns };
@@ -262,6 +262,10 @@ async fn deliver(
                 connection.close(VarInt::from_u32(1), error.to_string().as_bytes());
                 if matches!(status.borrow().state, UplinkState::Connected { .. }) {
                     outage = Now::read();
+                }
+                // A welcome alone is no progress: a server that hangs up behind it is not to be hammered.
+                if status.borrow().acked != acked_before {
+                    attempt = 0;
                 }
                 error
             }
