@@ -16,7 +16,11 @@ struct Room {
 
 impl Room {
     fn new() -> Self {
-        let data = tempfile::tempdir().unwrap();
+        Self::within(&std::env::temp_dir())
+    }
+
+    fn within(directory: &Path) -> Self {
+        let data = tempfile::tempdir_in(directory).unwrap();
         success(data.path(), &["init"]);
         let server = Some(Server::start(data.path()));
         Self { data, server }
@@ -313,4 +317,33 @@ async fn a_spool_that_was_set_back_is_refused_rather_than_lost_in_silence() {
     let reason = session.closed().await;
     assert!(reason.contains("set back"), "{reason}");
     assert_eq!(room.numbers("pc"), [1, 2, 3]);
+}
+
+#[tokio::test]
+#[ignore = "NETMON_TEST_SMALL_DISK must name a directory on a file system of its own with some 2 MB"]
+async fn a_full_disk_costs_nothing_that_was_acknowledged() {
+    let disk = std::env::var_os("NETMON_TEST_SMALL_DISK").unwrap();
+    let room = Room::within(Path::new(&disk));
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    let filler = Path::new(&disk).join("filler");
+    std::fs::write(&filler, vec![0; 64 << 20]).expect_err("the disk is too large for this test");
+    let mut acknowledged = 0;
+    while let Ok(answer) = session.batch(EPOCH, acknowledged + 1..=acknowledged + 500).await {
+        assert_eq!(Ok(answer), ack(acknowledged + 500));
+        acknowledged += 500;
+    }
+    assert!(session.closed().await.contains("cannot store records now"));
+    room.server().says("cannot store records; nothing is acknowledged");
+    std::fs::remove_file(&filler).unwrap();
+    let (mut session, next) = agent.deliver(room.server(), EPOCH).await;
+    assert_eq!(next, acknowledged + 1);
+    room.server().says("the store takes records again");
+    assert_eq!(session.batch(EPOCH, next..=next + 9).await, ack(next + 9));
+    let all: Vec<u64> = (1..=next + 9).collect();
+    assert_eq!(room.numbers("pc"), all);
+    let mut room = room;
+    drop(session);
+    assert_eq!(room.server.take().unwrap().stop(), 0);
+    assert_eq!(numbers(&room.file("pc", "log.txt")), all);
 }
