@@ -40,7 +40,7 @@ pub struct AgentSummary {
     pub backlog: Option<u64>,
     /// Holes in its history.
     pub gaps: u64,
-    /// Records in those.
+    /// Records in those; rounded above 2^53.
     pub gap_records: u64,
 }
 
@@ -243,7 +243,7 @@ pub fn revoked_connections(conn: &Connection) -> rusqlite::Result<Vec<(AgentId, 
 /// All agents, in order of their labels.
 pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
     conn.prepare(
-        "SELECT a.*, count(g.n) AS gaps, coalesce(sum(g.to_seq - g.from_seq + 1), 0) AS gap_records
+        "SELECT a.*, count(g.n) AS gaps, total(g.to_seq - g.from_seq + 1) AS gap_records
          FROM agents a LEFT JOIN gaps g ON g.agent = a.id GROUP BY a.id ORDER BY a.seat",
     )?
     .query_map([], |row| {
@@ -256,7 +256,8 @@ pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
             record_ns: row.get("record_ns")?,
             backlog: row.get::<_, Option<i64>>("backlog")?.map(|backlog| backlog as u64),
             gaps: row.get::<_, i64>("gaps")? as u64,
-            gap_records: row.get::<_, i64>("gap_records")? as u64,
+            // A float: an agent may name holes of any size, and the sum of integers would be an error.
+            gap_records: row.get::<_, f64>("gap_records")? as u64,
         })
     })?
     .collect()

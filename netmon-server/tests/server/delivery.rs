@@ -204,6 +204,32 @@ async fn everything_acknowledged_survives_sigkill_and_the_rest_comes_once() {
 }
 
 #[tokio::test]
+async fn a_room_of_agents_delivers_at_once_and_nothing_mixes() {
+    const AGENTS: usize = 25;
+    const BATCHES: u64 = 20;
+    let room = Room::new();
+    let token = token(room.path(), room.server(), &["--uses", &AGENTS.to_string()]);
+    let deliver = async |number: usize| {
+        let agent = Agent::enrol(&token, &format!("pc-{number}")).await.unwrap();
+        let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+        for batch in 0..BATCHES {
+            // Each agent cuts its history differently.
+            let size = number as u64 + 1;
+            let first = batch * size + 1;
+            assert_eq!(session.batch(EPOCH, first..=first + size - 1).await, ack(first + size - 1));
+        }
+        session
+    };
+    let sessions = futures_util::future::join_all((0..AGENTS).map(deliver)).await;
+    for number in [0, 7, AGENTS - 1] {
+        let expected: Vec<u64> = (1..=BATCHES * (number as u64 + 1)).collect();
+        assert_eq!(room.numbers(&format!("pc-{number}")), expected);
+    }
+    assert_eq!(success(room.path(), &["agents"]).matches("connected since").count(), AGENTS);
+    drop(sessions);
+}
+
+#[tokio::test]
 async fn sigterm_says_goodbye_and_exits_with_success() {
     let mut room = Room::new();
     let agent = room.agent("pc").await;
