@@ -195,7 +195,7 @@ pub fn revoke(conn: &Connection, id: AgentId, now_ns: i64) -> rusqlite::Result<b
     Ok(changed == 1)
 }
 
-/// An agent has said hello on connection number `connection`.
+/// An agent has said hello on connection number `connection`; numbers start at 1 and grow.
 pub fn connected(
     conn: &Connection,
     id: AgentId,
@@ -204,9 +204,11 @@ pub fn connected(
     agent_version: &[u8],
     now_ns: i64,
 ) -> rusqlite::Result<()> {
+    // The older of two connections may come second here: the newer one stays.
     conn.prepare_cached(
-        "UPDATE agents SET hostname = :hostname, agent_version = :version, connection = :connection,
-             connected_ns = iif(connection IS :connection, connected_ns, :now)
+        "UPDATE agents SET hostname = :hostname, agent_version = :version,
+             connected_ns = iif(coalesce(connection, 0) < :connection, :now, connected_ns),
+             connection = max(coalesce(connection, 0), :connection)
          WHERE id = :id",
     )?
     .execute(named_params! {

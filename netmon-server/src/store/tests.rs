@@ -223,6 +223,7 @@ fn the_end_of_an_older_connection_does_not_end_the_newer_one() {
     let agent = room.agent("pc");
     connected(room.conn(), agent, 1, b"pc", b"1", 5).unwrap();
     connected(room.conn(), agent, 2, b"pc", b"1", 6).unwrap();
+    connected(room.conn(), agent, 1, b"pc", b"1", 7).unwrap();
     disconnected(room.conn(), agent, 1, 7).unwrap();
     assert_eq!(summaries(room.conn()).unwrap()[0].connected_ns, Some(6));
     disconnected(room.conn(), agent, 2, 8).unwrap();
