@@ -95,7 +95,8 @@ async fn records_that_never_came_are_a_gap_at_their_place() {
     assert_eq!(welcome, Ok(ToAgent::Welcome { version: VERSION, next_seq: 9 }));
     assert_eq!(session.batch(EPOCH, 9..=9).await, ack(9));
     assert_eq!(room.numbers("pc"), [1, 2, 0, 9]);
-    let usb = success(room.path(), &["log", "pc", "--usb"]);
+    let usb = success(room.path(), &["log", "pc", "--usb", "--lines", "1"]);
+    assert_eq!(usb, success(room.path(), &["log", "pc", "--usb"]));
     assert!(usb.contains("GAP from") && usb.contains("never came from this PC, 6 records"), "{usb}");
     let agents = success(room.path(), &["agents"]);
     assert!(agents.contains("1 (6 records)") && agents.contains("connected since"), "{agents}");
@@ -252,6 +253,17 @@ async fn a_certificate_of_somebody_else_is_refused_in_the_handshake() {
     };
     assert!(result.is_err());
     room.server().says("refused in the handshake");
+}
+
+#[tokio::test]
+async fn a_key_that_the_ca_signed_but_the_allow_list_does_not_have_is_refused() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let store = rusqlite::Connection::open(room.path().join("store.sqlite")).unwrap();
+    assert_eq!(store.execute("DELETE FROM agents", []).unwrap(), 1);
+    let mut session = agent.connect(room.server()).await.unwrap();
+    let Ok(ToAgent::Refused { reason }) = session.hello(EPOCH, 1).await else { panic!("let in") };
+    assert!(reason.escaped().to_string().contains("does not know this agent's key"), "{reason:?}");
 }
 
 #[tokio::test]
