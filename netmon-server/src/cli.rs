@@ -111,7 +111,7 @@ pub struct Log {
     /// Go on with new events as they arrive, until Ctrl-C
     #[arg(long, short)]
     pub follow: bool,
-    /// Only the newest N items [default: all]
+    /// Only the newest N lines [default: all]
     #[arg(long, short = 'n', value_name = "N")]
     pub lines: Option<u64>,
     /// Only what concerns USB

@@ -245,7 +245,8 @@ pub fn hint(error: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => "run it as root, or as the user who owns the directory",
         io::ErrorKind::ReadOnlyFilesystem => "the file system is mounted read-only; choose another --data",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "the disk is full; make room there",
-        io::ErrorKind::NotFound => "the file is missing; bring it back from a backup",
+        io::ErrorKind::NotFound => "it is missing: choose another --data, or bring it back from a backup",
+        io::ErrorKind::NotADirectory => "a part of the path is not a directory; choose another --data",
         _ => "check the path and the disk",
     }
 }

@@ -67,7 +67,7 @@ pub fn run(
         let mut terminate = signal(SignalKind::terminate()).context("cannot receive SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot receive SIGINT")?;
         let allow_list_changed = Arc::new(Notify::new());
-        let _watcher = watch_allow_list(data, allow_list_changed.clone())?;
+        let _watcher = watch_allow_list(data, allow_list_changed.clone());
         let logs = SeatLogs::new(data.logs(), TimeZone::system());
         let (writer, writing) = Writer::spawn(data.store(), store, logs, tokio::runtime::Handle::current())
             .context("cannot start the writing thread")?;
@@ -105,18 +105,24 @@ pub fn run(
     })
 }
 
-/// Notifies when `revoke` has touched the control directory.
-fn watch_allow_list(data: &DataDir, changed: Arc<Notify>) -> anyhow::Result<notify::RecommendedWatcher> {
+/// Notifies when `revoke` has touched the control directory. Where inotify has nothing left to give, a revoked
+/// agent is cut off at its next batch instead.
+fn watch_allow_list(data: &DataDir, changed: Arc<Notify>) -> Option<notify::RecommendedWatcher> {
     let on_event = move |event: notify::Result<notify::Event>| {
         // An error may hide a change: looking once too often costs nothing.
         if event.map_or(true, |event| !event.kind.is_access()) {
             changed.notify_one();
         }
     };
-    let path = data.control();
-    let mut watcher = notify::recommended_watcher(on_event).context("cannot use inotify")?;
-    watcher
-        .watch(&path, RecursiveMode::NonRecursive)
-        .with_context(|| format!("cannot watch {}", path.display()))?;
-    Ok(watcher)
+    let watch = || {
+        let mut watcher = notify::recommended_watcher(on_event)?;
+        watcher.watch(&data.control(), RecursiveMode::NonRecursive)?;
+        Ok::<_, notify::Error>(watcher)
+    };
+    let result = watch();
+    if let Err(error) = &result {
+        let path = data.control();
+        tracing::warn!(%error, path = %path.display(), "cannot watch: revoked agents go at their next batch");
+    }
+    result.ok()
 }

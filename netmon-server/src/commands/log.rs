@@ -1,5 +1,6 @@
 //! `netmon-server log`.
 
+use std::collections::VecDeque;
 use std::io::{self, Write as _};
 use std::sync::mpsc;
 
@@ -20,15 +21,9 @@ const PAGE: usize = 1000;
 pub fn log(data: &DataDir, options: &Log) -> anyhow::Result<()> {
     let store = open(data)?;
     let agent = find(data, &store, &options.host)?;
-    let first = match options.lines {
-        Some(lines) => {
-            store::first_of_last(store.conn(), agent.id, lines).with_context(|| read_failed(data))?
-        }
-        None => 1,
-    };
-    let mut printer = Printer { data, store, agent: agent.id, next_n: first, usb: options.usb };
+    let mut printer = Printer { data, store, agent: agent.id, next_n: 1, usb: options.usb };
     if !options.follow {
-        return printer.print_new().map(drop);
+        return printer.print_first(options.lines).map(drop);
     }
     // The server writes the seat's log after each commit: that wakes this. Watched first, so nothing is missed.
     let directory = data.logs().join(&agent.seat);
@@ -44,10 +39,12 @@ pub fn log(data: &DataDir, options: &Log) -> anyhow::Result<()> {
     watcher
         .watch(&directory, RecursiveMode::NonRecursive)
         .with_context(|| format!("cannot watch {}", directory.display()))?;
-    while printer.print_new()? {
+    let mut is_read = printer.print_first(options.lines)?;
+    while is_read {
         woken.recv().context("inotify ended")?;
         // One look serves all that woke so far.
         while woken.try_recv().is_ok() {}
+        is_read = printer.print_new()?;
     }
     Ok(())
 }
@@ -61,23 +58,53 @@ struct Printer<'a> {
 }
 
 impl Printer<'_> {
-    /// Prints what is new; false when nobody reads any more (`| head`).
-    fn print_new(&mut self) -> anyhow::Result<bool> {
-        let zone = TimeZone::system();
-        loop {
-            let items = store::items_from(self.store.conn(), self.agent, self.next_n, PAGE)
+    /// Prints the newest `count` lines, or all; false when nobody reads any more (`| head`).
+    fn print_first(&mut self, count: Option<u64>) -> anyhow::Result<bool> {
+        let Some(count) = count else { return self.print_new() };
+        if !self.usb {
+            self.next_n = store::first_of_last(self.store.conn(), self.agent, count)
                 .with_context(|| read_failed(self.data))?;
-            let Some(last) = items.last() else { return Ok(true) };
-            self.next_n = last.n + 1;
-            let lines = items.iter().map(|item| render::line(item, &zone));
-            let text: String =
-                lines.filter(|line| line.usb || !self.usb).map(|line| line.text + "\n").collect();
-            let mut out = io::stdout().lock();
-            match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(false),
-                Err(error) => return Err(error).context("cannot write to stdout"),
+            return self.print_new();
+        }
+        // Where the last USB lines begin is known only at the end.
+        let keep = usize::try_from(count).unwrap_or(usize::MAX);
+        let mut newest = VecDeque::new();
+        while let Some(lines) = self.page()? {
+            newest.extend(lines);
+            newest.drain(..newest.len().saturating_sub(keep));
+        }
+        print(newest)
+    }
+
+    /// Prints what is new; false when nobody reads any more.
+    fn print_new(&mut self) -> anyhow::Result<bool> {
+        while let Some(lines) = self.page()? {
+            if !print(lines)? {
+                return Ok(false);
             }
         }
+        Ok(true)
+    }
+
+    /// The next lines; `None` when nothing more is there.
+    fn page(&mut self) -> anyhow::Result<Option<Vec<String>>> {
+        let items = store::items_from(self.store.conn(), self.agent, self.next_n, PAGE)
+            .with_context(|| read_failed(self.data))?;
+        let Some(last) = items.last() else { return Ok(None) };
+        self.next_n = last.n + 1;
+        let zone = TimeZone::system();
+        let lines = items.iter().map(|item| render::line(item, &zone));
+        Ok(Some(lines.filter(|line| line.usb || !self.usb).map(|line| line.text + "\n").collect()))
+    }
+}
+
+/// Writes lines to stdout; false when nobody reads any more.
+fn print(lines: impl IntoIterator<Item = String>) -> anyhow::Result<bool> {
+    let text: String = lines.into_iter().collect();
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("cannot write to stdout"),
     }
 }

@@ -40,7 +40,7 @@ pub struct AgentSummary {
     pub backlog: Option<u64>,
     /// Holes in its history.
     pub gaps: u64,
-    /// Records in those.
+    /// Records in those; rounded above 2^53.
     pub gap_records: u64,
 }
 
@@ -195,7 +195,7 @@ pub fn revoke(conn: &Connection, id: AgentId, now_ns: i64) -> rusqlite::Result<b
     Ok(changed == 1)
 }
 
-/// An agent has said hello on connection number `connection`.
+/// An agent has said hello on connection number `connection`; numbers start at 1 and grow.
 pub fn connected(
     conn: &Connection,
     id: AgentId,
@@ -204,9 +204,11 @@ pub fn connected(
     agent_version: &[u8],
     now_ns: i64,
 ) -> rusqlite::Result<()> {
+    // The older of two connections may come second here: the newer one stays.
     conn.prepare_cached(
-        "UPDATE agents SET hostname = :hostname, agent_version = :version, connection = :connection,
-             connected_ns = iif(connection IS :connection, connected_ns, :now)
+        "UPDATE agents SET hostname = :hostname, agent_version = :version,
+             connected_ns = iif(coalesce(connection, 0) < :connection, :now, connected_ns),
+             connection = max(coalesce(connection, 0), :connection)
          WHERE id = :id",
     )?
     .execute(named_params! {
@@ -243,7 +245,7 @@ pub fn revoked_connections(conn: &Connection) -> rusqlite::Result<Vec<(AgentId, 
 /// All agents, in order of their labels.
 pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
     conn.prepare(
-        "SELECT a.*, count(g.n) AS gaps, coalesce(sum(g.to_seq - g.from_seq + 1), 0) AS gap_records
+        "SELECT a.*, count(g.n) AS gaps, total(g.to_seq - g.from_seq + 1) AS gap_records
          FROM agents a LEFT JOIN gaps g ON g.agent = a.id GROUP BY a.id ORDER BY a.seat",
     )?
     .query_map([], |row| {
@@ -256,7 +258,8 @@ pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
             record_ns: row.get("record_ns")?,
             backlog: row.get::<_, Option<i64>>("backlog")?.map(|backlog| backlog as u64),
             gaps: row.get::<_, i64>("gaps")? as u64,
-            gap_records: row.get::<_, i64>("gap_records")? as u64,
+            // A float: an agent may name holes of any size, and the sum of integers would be an error.
+            gap_records: row.get::<_, f64>("gap_records")? as u64,
         })
     })?
     .collect()

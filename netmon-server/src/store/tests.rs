@@ -151,6 +151,20 @@ fn a_hole_is_kept_with_its_size_and_moves_the_watermark() {
 }
 
 #[test]
+fn an_agent_that_names_absurd_holes_cannot_break_the_summary() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    for epoch in 1..=3 {
+        let next = open_epoch(room.conn(), agent, epoch, i64::MAX as u64, 0).unwrap();
+        assert_eq!(next, Ok(i64::MAX as u64));
+    }
+    let summary = &summaries(room.conn()).unwrap()[0];
+    assert_eq!(summary.gaps, 3);
+    assert!(summary.gap_records > i64::MAX as u64);
+    assert_eq!(items_from(room.conn(), agent, 1, 10).unwrap().len(), 3);
+}
+
+#[test]
 fn a_spool_that_was_set_back_and_counts_anew_is_not_taken_for_duplicates() {
     let room = Fixture::new();
     let agent = room.agent("pc");
@@ -209,6 +223,7 @@ fn the_end_of_an_older_connection_does_not_end_the_newer_one() {
     let agent = room.agent("pc");
     connected(room.conn(), agent, 1, b"pc", b"1", 5).unwrap();
     connected(room.conn(), agent, 2, b"pc", b"1", 6).unwrap();
+    connected(room.conn(), agent, 1, b"pc", b"1", 7).unwrap();
     disconnected(room.conn(), agent, 1, 7).unwrap();
     assert_eq!(summaries(room.conn()).unwrap()[0].connected_ns, Some(6));
     disconnected(room.conn(), agent, 2, 8).unwrap();

@@ -16,7 +16,11 @@ struct Room {
 
 impl Room {
     fn new() -> Self {
-        let data = tempfile::tempdir().unwrap();
+        Self::within(&std::env::temp_dir())
+    }
+
+    fn within(directory: &Path) -> Self {
+        let data = tempfile::tempdir_in(directory).unwrap();
         success(data.path(), &["init"]);
         let server = Some(Server::start(data.path()));
         Self { data, server }
@@ -91,7 +95,8 @@ async fn records_that_never_came_are_a_gap_at_their_place() {
     assert_eq!(welcome, Ok(ToAgent::Welcome { version: VERSION, next_seq: 9 }));
     assert_eq!(session.batch(EPOCH, 9..=9).await, ack(9));
     assert_eq!(room.numbers("pc"), [1, 2, 0, 9]);
-    let usb = success(room.path(), &["log", "pc", "--usb"]);
+    let usb = success(room.path(), &["log", "pc", "--usb", "--lines", "1"]);
+    assert_eq!(usb, success(room.path(), &["log", "pc", "--usb"]));
     assert!(usb.contains("GAP from") && usb.contains("never came from this PC, 6 records"), "{usb}");
     let agents = success(room.path(), &["agents"]);
     assert!(agents.contains("1 (6 records)") && agents.contains("connected since"), "{agents}");
@@ -200,6 +205,32 @@ async fn everything_acknowledged_survives_sigkill_and_the_rest_comes_once() {
 }
 
 #[tokio::test]
+async fn a_room_of_agents_delivers_at_once_and_nothing_mixes() {
+    const AGENTS: usize = 25;
+    const BATCHES: u64 = 20;
+    let room = Room::new();
+    let token = token(room.path(), room.server(), &["--uses", &AGENTS.to_string()]);
+    let deliver = async |number: usize| {
+        let agent = Agent::enrol(&token, &format!("pc-{number}")).await.unwrap();
+        let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+        for batch in 0..BATCHES {
+            // Each agent cuts its history differently.
+            let size = number as u64 + 1;
+            let first = batch * size + 1;
+            assert_eq!(session.batch(EPOCH, first..=first + size - 1).await, ack(first + size - 1));
+        }
+        session
+    };
+    let sessions = futures_util::future::join_all((0..AGENTS).map(deliver)).await;
+    for number in [0, 7, AGENTS - 1] {
+        let expected: Vec<u64> = (1..=BATCHES * (number as u64 + 1)).collect();
+        assert_eq!(room.numbers(&format!("pc-{number}")), expected);
+    }
+    assert_eq!(success(room.path(), &["agents"]).matches("connected since").count(), AGENTS);
+    drop(sessions);
+}
+
+#[tokio::test]
 async fn sigterm_says_goodbye_and_exits_with_success() {
     let mut room = Room::new();
     let agent = room.agent("pc").await;
@@ -222,6 +253,17 @@ async fn a_certificate_of_somebody_else_is_refused_in_the_handshake() {
     };
     assert!(result.is_err());
     room.server().says("refused in the handshake");
+}
+
+#[tokio::test]
+async fn a_key_that_the_ca_signed_but_the_allow_list_does_not_have_is_refused() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let store = rusqlite::Connection::open(room.path().join("store.sqlite")).unwrap();
+    assert_eq!(store.execute("DELETE FROM agents", []).unwrap(), 1);
+    let mut session = agent.connect(room.server()).await.unwrap();
+    let Ok(ToAgent::Refused { reason }) = session.hello(EPOCH, 1).await else { panic!("let in") };
+    assert!(reason.escaped().to_string().contains("does not know this agent's key"), "{reason:?}");
 }
 
 #[tokio::test]
@@ -313,4 +355,33 @@ async fn a_spool_that_was_set_back_is_refused_rather_than_lost_in_silence() {
     let reason = session.closed().await;
     assert!(reason.contains("set back"), "{reason}");
     assert_eq!(room.numbers("pc"), [1, 2, 3]);
+}
+
+#[tokio::test]
+#[ignore = "NETMON_TEST_SMALL_DISK must name a directory on a file system of its own with some 2 MB"]
+async fn a_full_disk_costs_nothing_that_was_acknowledged() {
+    let disk = std::env::var_os("NETMON_TEST_SMALL_DISK").unwrap();
+    let room = Room::within(Path::new(&disk));
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    let filler = Path::new(&disk).join("filler");
+    std::fs::write(&filler, vec![0; 64 << 20]).expect_err("the disk is too large for this test");
+    let mut acknowledged = 0;
+    while let Ok(answer) = session.batch(EPOCH, acknowledged + 1..=acknowledged + 500).await {
+        assert_eq!(Ok(answer), ack(acknowledged + 500));
+        acknowledged += 500;
+    }
+    assert!(session.closed().await.contains("cannot store records now"));
+    room.server().says("cannot store records; nothing is acknowledged");
+    std::fs::remove_file(&filler).unwrap();
+    let (mut session, next) = agent.deliver(room.server(), EPOCH).await;
+    assert_eq!(next, acknowledged + 1);
+    room.server().says("the store takes records again");
+    assert_eq!(session.batch(EPOCH, next..=next + 9).await, ack(next + 9));
+    let all: Vec<u64> = (1..=next + 9).collect();
+    assert_eq!(room.numbers("pc"), all);
+    let mut room = room;
+    drop(session);
+    assert_eq!(room.server.take().unwrap().stop(), 0);
+    assert_eq!(numbers(&room.file("pc", "log.txt")), all);
 }
