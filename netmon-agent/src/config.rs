@@ -145,7 +145,7 @@ pub struct Report {
 
 impl Default for Report {
     fn default() -> Self {
-        Self { coverage_s: 10, muted_s: 10 }
+        Self { coverage_s: 10, muted_s: 30 }
     }
 }
 

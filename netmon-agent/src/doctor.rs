@@ -91,7 +91,7 @@ pub async fn examine(config: Option<&Path>, state: &Path, log: &Path, runtime: &
             Finding::Good("running".into())
         } else {
             Finding::Weak(
-                "udevd is not running (/run/udev/control is missing): USB is not watched until it does"
+                "udevd is not running (/run/udev/control is missing): USB is watched through the kernel's own messages, without the names of udev's database"
                     .into(),
             )
         },

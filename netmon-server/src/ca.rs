@@ -15,8 +15,9 @@ use x509_parser::prelude::{FromDer as _, X509Certificate, X509CertificationReque
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// The CA and the server's certificate: as long as such an installation may live.
 const SERVER_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
-/// An agent's certificate. Revocation does not wait for it: see the allow-list in the store.
-pub const AGENT_LIFETIME: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// An agent's certificate. There is no renewal yet, so it must outlive a school year or two; revocation does not wait
+/// for it: see the allow-list in the store.
+pub const AGENT_LIFETIME: Duration = Duration::from_secs(2 * 365 * 24 * 60 * 60);
 
 /// Why the CA cannot be used or a request is not signed.
 #[derive(Debug, thiserror::Error)]
