@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use netmon_common::model::{Event, Gap};
 use tokio::sync::watch;
 
-use super::log::{Chunk, EpochRange, Spool, SpoolError, Stats};
+use super::log::{Spool, SpoolError, Stats};
+use super::read::{Chunk, EpochRange};
 
 /// The spool, shared between the thread that records and the uplink. Clones are the same spool.
 ///

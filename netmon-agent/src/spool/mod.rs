@@ -18,11 +18,13 @@ mod files;
 pub mod format;
 mod handle;
 mod log;
+mod read;
 mod recover;
 #[cfg(test)]
 mod tests;
 
 pub use files::{Disk, Files};
 pub use handle::SpoolHandle;
-pub use log::{Chunk, EpochRange, Limits, Spool, SpoolError, Stats, SyncTicket};
+pub use log::{Limits, Spool, SpoolError, Stats, SyncTicket};
+pub use read::{Chunk, EpochRange};
 pub use recover::{OpenError, Recovered};

@@ -250,7 +250,7 @@ fn repair<F: Files>(
 ) -> Result<(), (String, io::Error)> {
     let failed = |segment: &Segment, source| (segment.name(), source);
     for index in 0..found.len() {
-        let (this, later) = found[index..].split_first_mut().unwrap_or_else(|| unreachable!());
+        let Some((this, later)) = found[index..].split_first_mut() else { break };
         if this.rest > 0 {
             // What the segment did not sync was written again into a later one: no damage.
             let end = this.segment.end();
