@@ -71,7 +71,7 @@ fn https_http_and_quic_are_three_transfers_beside_a_lan_copy_and_the_cloud_is_mu
         for (_, _, service) in services {
             let moved = fetched(&follower, room::WEB, service);
             assert!(
-                moved.received_payload >= 1_000_000 && moved.received_payload < 1_200_000,
+                moved.received_payload >= 1_000_000 && moved.received_payload < 2_000_000,
                 "{service}: {moved:?}"
             );
             assert!(moved.sent_payload > 0 && moved.sent_payload < 100_000, "{service}: {moved:?}");
@@ -97,7 +97,10 @@ fn https_http_and_quic_are_three_transfers_beside_a_lan_copy_and_the_cloud_is_mu
         let counted = pc3.counters("lan0").unwrap().since(before);
         let sums = follower.when(PATIENCE, "the interface's bytes in transfers and totals", |lines| {
             let sums = lines.iter().fold((0, 0), |sum, seen| match (&seen.line.kind, seen.line.ended()) {
-                (Kind::Muted(muted), _) => (sum.0 + muted.sent, sum.1 + muted.received),
+                // netmon's own connection is on mgmt0.
+                (Kind::Muted(muted), _) if muted.label != "netmon" => {
+                    (sum.0 + muted.sent, sum.1 + muted.received)
+                }
                 (_, Some((_, moved))) => (sum.0 + moved.sent, sum.1 + moved.received),
                 _ => sum,
             });
