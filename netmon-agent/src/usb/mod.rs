@@ -1,7 +1,7 @@
 //! USB: devices that come and go, and what USB disks read and write.
 //!
 //! [`message`], [`devices`] and [`disks`] decide and do no I/O; [`monitor`] (libudev) and [`sampler`] (sysfs) fetch;
-//! [`follower`] moves data between them on a thread of its own, because libudev's types stay on their thread.
+//! `follower` moves data between them on a thread of its own, because libudev's types stay on their thread.
 //! [`watch`] starts it.
 
 pub mod devices;
