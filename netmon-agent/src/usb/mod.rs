@@ -33,7 +33,7 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// 16 MiB hold some 8,000 messages: more than a room full of hubs plugged in at once. The kernel takes the memory
+    /// 16 MiB hold 8,000 messages and more: beyond a room full of hubs plugged in at once. The kernel takes the memory
     /// only while messages wait.
     fn default() -> Self {
         Self { receive_buffer: 16 << 20, queue: 1024 }
