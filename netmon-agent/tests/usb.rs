@@ -152,6 +152,25 @@ fn a_thousand_devices_at_once_are_all_seen_once() {
     });
 }
 
+#[test]
+fn eight_thousand_messages_wait_while_nobody_takes_them() {
+    in_namespaces(|| {
+        make_sysfs();
+        pretend_udevd().unwrap();
+        let mut watched = Watched::start(Options { queue: 1, ..Options::default() });
+        assert_eq!(watched.next(), UsbOutput::Watching(true));
+        let stick = stick(1);
+        for _ in 0..4_000 {
+            stick.inject(Action::Add).unwrap();
+            stick.inject(Action::Remove).unwrap();
+        }
+        for _ in 0..4_000 {
+            assert_eq!(watched.next_event().1, Event::DeviceAdded(expected(&stick)));
+            assert_eq!(watched.next_event().1, Event::DeviceRemoved(expected(&stick)));
+        }
+    });
+}
+
 /// As the kernel itself would announce a stick.
 fn kernel_message(devpath: &str) -> Vec<u8> {
     let properties = format!(

@@ -8,6 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use netmon_agent::clock::Now;
@@ -203,6 +204,30 @@ fn a_copy_to_a_stick_and_back_is_counted_as_the_kernel_counts_it() {
     ask("unplug a1");
     let (gone, removed) = watched.unplugged();
     assert_eq!((gone, removed), (disk, device));
+}
+
+#[test]
+#[ignore = "runs inside the VM: cargo xtask vm"]
+fn a_stick_that_is_pulled_out_while_it_is_written_to_is_seen_to_be_gone() {
+    let (mut watched, _) = Watched::start();
+    ask("plug pulled usb-storage serial=PULLED size=256");
+    let device = watched.plugged();
+    let disk = watched.active_disk("PULLED");
+    let before = watched.moved.tx_bytes;
+    let node = format!("/dev/{}", name(&disk));
+    let writer = thread::spawn(move || {
+        let mut file = OpenOptions::new().write(true).open(node).unwrap();
+        let block = vec![0x5a; 1 << 20];
+        // Past the page cache's patience, until the stick is gone or full.
+        while file.write_all(&block).and_then(|()| file.sync_data()).is_ok() {}
+    });
+    while watched.moved.tx_bytes - before < 4 << 20 {
+        watched.next();
+    }
+    ask("unplug pulled");
+    assert_eq!(watched.unplugged(), (disk, device));
+    writer.join().unwrap();
+    assert!(watched.moved.tx_bytes < 256 << 20, "the stick was full before it was pulled out");
 }
 
 #[test]

@@ -159,3 +159,18 @@ fn output_of(command: &mut Command) -> anyhow::Result<String> {
     ensure!(output.status.success(), "{command:?} failed: {}", output.status);
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_goes_where_commands_are_found_unless_told_otherwise() {
+        let pair = |host: &str, guest: &str| (PathBuf::from(host), PathBuf::from(guest));
+        assert_eq!(
+            parse_file("target/debug/netmon-agent"),
+            pair("target/debug/netmon-agent", "/usr/local/bin/netmon-agent")
+        );
+        assert_eq!(parse_file("ip.txt:/etc/netmon/ip.txt"), pair("ip.txt", "/etc/netmon/ip.txt"));
+    }
+}

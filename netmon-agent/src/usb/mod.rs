@@ -1,7 +1,7 @@
 //! USB: devices that come and go, and what USB disks read and write.
 //!
 //! [`message`], [`devices`] and [`disks`] decide and do no I/O; [`monitor`] (libudev) and [`sampler`] (sysfs) fetch;
-//! [`follower`] moves data between them on a thread of its own, because libudev's types stay on their thread.
+//! `follower` moves data between them on a thread of its own, because libudev's types stay on their thread.
 //! [`watch`] starts it.
 
 pub mod devices;
@@ -33,7 +33,7 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// 16 MiB hold some 8,000 messages: more than a room full of hubs plugged in at once. The kernel takes the memory
+    /// 16 MiB hold 8,000 messages and more: beyond a room full of hubs plugged in at once. The kernel takes the memory
     /// only while messages wait.
     fn default() -> Self {
         Self { receive_buffer: 16 << 20, queue: 1024 }

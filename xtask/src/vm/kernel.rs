@@ -199,3 +199,27 @@ fn module_name(file: &str) -> String {
     let name = file.rsplit('/').next().unwrap_or(file);
     name.split(".ko").next().unwrap_or(name).replace('-', "_")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_kernel_is_found_by_its_numbers() {
+        let names = [
+            "linux-image-6.12.9+deb12-amd64",
+            "linux-image-6.12.100+deb12-amd64",
+            "linux-image-6.12.38-amd64",
+        ];
+        assert_eq!(names.iter().max_by_key(|name| numbers(name)), Some(&"linux-image-6.12.100+deb12-amd64"));
+    }
+
+    #[test]
+    fn a_module_is_known_by_its_name_however_its_file_is_packed() {
+        for file in
+            ["kernel/drivers/usb/storage/usb-storage.ko", "kernel/usb_storage.ko.xz", "usb-storage.ko.zst"]
+        {
+            assert_eq!(module_name(file), "usb_storage");
+        }
+    }
+}
