@@ -76,7 +76,11 @@ impl Frame for XdpFrame<'_> {
         if offset > MAX_OFFSET {
             return None;
         }
-        let start = self.0.data() + offset as usize;
+        let mut offset = offset as usize;
+        // SAFETY: changes nothing after the comparison above. The compiler may make that one of other values than
+        // these; here the verifier sees the bound of the very register that is added.
+        unsafe { asm!("{offset} &= 0x3fff", offset = inout(reg) offset) };
+        let start = self.0.data() + offset;
         if start + N > self.0.data_end() {
             return None;
         }

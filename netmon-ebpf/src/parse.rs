@@ -3,6 +3,8 @@
 //! Types in the signatures of subprograms are plain: the BTF that the compiler makes of an enum with data is
 //! refused by the kernel.
 
+use core::arch::asm;
+
 use netmon_common::abi::{IPPROTO_TCP, IPPROTO_UDP};
 
 use crate::frame::Frame;
@@ -158,36 +160,63 @@ fn ipv6<F: Frame>(frame: &F, at: u32, packet: &mut Packet) -> Option<Parsed> {
 
     let mut protocol = header[6];
     let mut header_bytes = IPV6_HEADER;
-    for _ in 0..MAX_EXTENSION_HEADERS {
-        if !is_extension(protocol) || packet.fragment {
-            break;
-        }
-        let extension: [u8; 4] = frame.bytes(at + header_bytes)?;
-        header_bytes += match protocol {
-            FRAGMENT => {
-                packet.fragment = u16::from_be_bytes([extension[2], extension[3]]) & 0xfff8 != 0;
-                8
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
+        for _ in 0..MAX_EXTENSION_HEADERS {
+            if extension(protocol) == 0 {
+                break;
             }
-            // RFC 4302, section 2.2: in units of four bytes, minus two.
-            AUTHENTICATION => (u32::from(extension[1]) + 2) * 4,
-            _ => (u32::from(extension[1]) + 1) * 8,
-        };
-        protocol = extension[0];
+            let header: [u8; 4] = frame.bytes(at + header_bytes)?;
+            // A fragment header has no length; the others count units of eight bytes behind the first one, but
+            // authentication (RFC 4302, section 2.2) counts units of four behind the first two.
+            let is_fragment = equal(protocol, FRAGMENT);
+            let is_authentication = equal(protocol, AUTHENTICATION);
+            let units = (u32::from(header[1]) & is_fragment.wrapping_sub(1)) + 1 + is_authentication;
+            header_bytes += (units * 8) >> is_authentication;
+            protocol = header[0];
+            if is_fragment & not_zero(u16::from_be_bytes([header[2], header[3]]) & 0xfff8) != 0 {
+                packet.fragment = true;
+                break;
+            }
+        }
+        // In a later fragment, what follows its header is data, whatever the header calls it.
+        if !packet.fragment && extension(protocol) != 0 {
+            return None;
+        }
     }
-    // In a later fragment, what follows its header is data, whatever the header calls it.
-    if packet.l3_bytes < header_bytes || (is_extension(protocol) && !packet.fragment) {
+    if packet.l3_bytes < header_bytes {
         return None;
     }
     packet.protocol = protocol;
     transport(frame, at, header_bytes, packet)
 }
 
+/// 1 for the number of an extension header, else 0.
 #[inline(always)]
-fn is_extension(protocol: u8) -> bool {
-    matches!(
-        protocol,
-        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS | MOBILITY | HIP | SHIM6
-    )
+fn extension(protocol: u8) -> u32 {
+    equal(protocol, HOP_BY_HOP)
+        | equal(protocol, ROUTING)
+        | equal(protocol, FRAGMENT)
+        | equal(protocol, AUTHENTICATION)
+        | equal(protocol, DESTINATION_OPTIONS)
+        | equal(protocol, MOBILITY)
+        | equal(protocol, HIP)
+        | equal(protocol, SHIM6)
+}
+
+/// 1 or 0, without a branch: the verifier follows every combination of branches through the loop over extension
+/// headers, and there must not be thousands.
+#[inline(always)]
+fn equal(a: u8, b: u8) -> u32 {
+    1 - not_zero(u16::from(a ^ b))
+}
+
+/// 1 or 0, without a branch.
+#[inline(always)]
+fn not_zero(value: u16) -> u32 {
+    let mut result = u64::from(value);
+    // SAFETY: arithmetic: the sign bit of the negated value. Written out, or the compiler makes a branch of it.
+    unsafe { asm!("{value} = -{value}", "{value} >>= 63", value = inout(reg) result) };
+    result as u32
 }
 
 /// What the IP header says, or what the frame holds when that is less (or when the header says nothing: a

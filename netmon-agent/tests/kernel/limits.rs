@@ -93,23 +93,24 @@ fn two_seconds_of_silence_begin_a_new_burst() {
 
 #[test]
 fn an_idle_flow_is_retired_with_its_last_counts_and_starts_from_zero_when_it_comes_back() {
+    const MINUTE: u64 = 60_000_000_000;
     let mut bench = Bench::new();
     bench.send(&udp_out(1, 2, b"abc"));
     bench.send(&eth6(&ipv6(HERE6, THERE6, UDP, &udp(1, 2, b"abc"))));
     let last = bench.flows().values().map(|state| state.last_ns).max().unwrap();
     let sweep = |bench: &mut Bench, now| {
         let mut out = Vec::<FlowReading>::new();
-        bench.kernel.sweep(now, 1_000, &mut out).unwrap();
+        bench.kernel.sweep(now, MINUTE, &mut out).unwrap();
         out
     };
-    let live = sweep(&mut bench, last + 500);
+    let live = sweep(&mut bench, last + MINUTE / 2);
     assert_eq!(live.iter().map(|reading| reading.retired).collect::<Vec<_>>(), [false, false]);
-    let retired = sweep(&mut bench, last + 1_000);
+    let retired = sweep(&mut bench, last + MINUTE);
     assert_eq!(
         retired.iter().map(|reading| (reading.retired, reading.state.tx_packets)).collect::<Vec<_>>(),
         [(true, 1); 2]
     );
-    assert!(sweep(&mut bench, last + 2_000).is_empty());
+    assert!(sweep(&mut bench, last + 2 * MINUTE).is_empty());
 
     bench.send(&udp_out(1, 2, b"abc"));
     let (_, state) = bench.flow();

@@ -1,1 +1,400 @@
-//! x
+//! Real traffic between two network namespaces, against the counters of the interfaces themselves.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::PathBuf,
+};
+
+use aya::{
+    EbpfLoader,
+    maps::{Map, MapData, PerCpuArray},
+    programs::{
+        LinkOrder, SchedClassifier, TcAttachType,
+        tc::{NlOptions, TcAttachOptions},
+    },
+};
+use netmon_agent::kernel::{Kernel, KernelError, Mode, OBJECT, TcKind};
+use netmon_common::{
+    abi::{IPPROTO_TCP, IPPROTO_UDP, OPENED_HERE, OPENED_THERE, Stats, maps, programs},
+    model::Hook,
+};
+
+use crate::rig::{Host, chain, eventually, flows, ip, sh, stats};
+
+/// Two hosts with a cable between them: `a` 192.0.2.1 and 2001:db8::1, `b` …2. The interface is called `v`.
+struct Pair {
+    a: Host,
+    b: Host,
+}
+
+impl Pair {
+    /// `segments`: how many segments a GSO super-packet may have.
+    fn new(segments: u32) -> Self {
+        let pair = Self { a: Host::new(), b: Host::new() };
+        pair.a.ip(&format!("link add v type veth peer name v netns {}", pair.b.tid));
+        for (host, number) in [(&pair.a, 1), (&pair.b, 2)] {
+            host.ip(&format!("link set v gso_max_segs {segments}"));
+            host.ip(&format!("addr add 192.0.2.{number}/24 dev v"));
+            host.ip(&format!("addr add 2001:db8::{number}/64 dev v nodad"));
+        }
+        pair
+    }
+
+    fn up(&self) {
+        self.a.ip("link set v up");
+        self.b.ip("link set v up");
+    }
+
+    /// Loads and attaches on both sides.
+    fn watch(&self, mode: Mode, tc: TcKind) -> (Kernel, Kernel, Hook) {
+        let (a, hook) = watch(&self.a, mode, tc);
+        let (b, _) = watch(&self.b, mode, tc);
+        (a, b, hook)
+    }
+
+    /// UDP and TCP, both ways, over both families. Returns when all of it has been received.
+    fn talk(&self) {
+        for server in ["192.0.2.2:7000", "[2001:db8::2]:7000"] {
+            let server: SocketAddr = server.parse().unwrap();
+            let ready =
+                self.b.run(move || (UdpSocket::bind(server).unwrap(), TcpListener::bind(server).unwrap()));
+            let (udp, listener) = ready;
+            let done = self.b.start(move || {
+                let mut buffer = [0; 2000];
+                for _ in 0..DATAGRAMS {
+                    let (length, from) = udp.recv_from(&mut buffer).unwrap();
+                    udp.send_to(&buffer[..length], from).unwrap();
+                }
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = Vec::new();
+                stream.read_to_end(&mut request).unwrap();
+                stream.write_all(&vec![7; ANSWER]).unwrap();
+                request.len()
+            });
+            self.a.run(move || {
+                let from =
+                    SocketAddr::new(if server.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() }, 0);
+                let udp = UdpSocket::bind(from).unwrap();
+                udp.connect(server).unwrap();
+                for length in 1..=DATAGRAMS {
+                    udp.send(&vec![1; length]).unwrap();
+                    assert_eq!(udp.recv(&mut [0; 2000]).unwrap(), length);
+                }
+                let mut stream = TcpStream::connect(server).unwrap();
+                stream.write_all(&vec![3; REQUEST]).unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+                let mut answer = Vec::new();
+                stream.read_to_end(&mut answer).unwrap();
+                assert_eq!(answer.len(), ANSWER);
+            });
+            assert_eq!(done.recv().unwrap(), REQUEST);
+        }
+    }
+}
+
+const DATAGRAMS: usize = 100;
+const REQUEST: usize = 3_000_000;
+const ANSWER: usize = 1_000_000;
+
+fn watch(host: &Host, mode: Mode, tc: TcKind) -> (Kernel, Hook) {
+    let mut options = host.options();
+    (options.mode, options.tc) = (mode, tc);
+    let mut kernel = host.load(options);
+    let index = host.ifindex("v");
+    host.run(move || {
+        let hook = kernel.attach(index).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        // A second time changes nothing, and above all it does not count twice.
+        assert_eq!(kernel.attach(index).unwrap(), hook);
+        (kernel, hook)
+    })
+}
+
+/// Frames and bytes that the interface itself has counted, both directions.
+fn interface(host: &Host) -> (u64, u64) {
+    let links: serde_json::Value = serde_json::from_str(&host.ip("-j -s link show dev v")).unwrap();
+    let counter = |direction: &str, what: &str| links[0]["stats64"][direction][what].as_u64().unwrap();
+    (counter("rx", "packets") + counter("tx", "packets"), counter("rx", "bytes") + counter("tx", "bytes"))
+}
+
+/// What the programs have counted, with the Ethernet headers that they leave out.
+fn counted(stats: &Stats) -> (u64, u64) {
+    let ip = stats.counted + stats.other_protocol;
+    (stats.seen, stats.counted_bytes + stats.other_protocol_bytes + 14 * ip + stats.not_ip_bytes)
+}
+
+fn check_flows(a: &mut Kernel, b: &mut Kernel) {
+    let (a, b) = (flows(a), flows(b));
+    for family in [4, 6] {
+        let header = if family == 4 { 20 } else { 40 };
+        let of = |protocol| {
+            let mut found = a.iter().filter(|(flow, _)| {
+                flow.protocol == protocol
+                    && flow.remote.port() == 7000
+                    && flow.remote.is_ipv4() == (family == 4)
+            });
+            let (flow, state) = found.next().unwrap();
+            assert!(found.next().is_none());
+            let seen_there =
+                b.iter().find(|(other, _)| other.local == flow.remote && other.remote == flow.local);
+            (*state, *seen_there.unwrap_or_else(|| panic!("{flow:?} is not in {b:?}")).1)
+        };
+        let (udp, udp_there) = of(IPPROTO_UDP);
+        let payload = (1..=DATAGRAMS as u64).sum::<u64>();
+        let bytes = payload + DATAGRAMS as u64 * (8 + header);
+        assert_eq!((udp.tx_packets, udp.tx_bytes, udp.tx_payload), (DATAGRAMS as u64, bytes, payload));
+        assert_eq!((udp.rx_packets, udp.rx_bytes, udp.rx_payload), (DATAGRAMS as u64, bytes, payload));
+        assert_eq!((udp_there.rx_bytes, udp_there.tx_bytes), (bytes, bytes));
+        let (tcp, tcp_there) = of(IPPROTO_TCP);
+        assert_eq!((tcp.tx_payload, tcp.rx_payload), (REQUEST as u64, ANSWER as u64));
+        assert_eq!((tcp.opened, tcp_there.opened), (OPENED_HERE, OPENED_THERE));
+        // 1,500 bytes of MTU; a super-packet counts its segments.
+        assert!(tcp.tx_packets >= (REQUEST as u64).div_ceil(1500 - 20 - header), "{tcp:?}");
+        assert_eq!((tcp.tx_bytes, tcp.tx_payload), (tcp_there.rx_bytes, tcp_there.rx_payload));
+        assert_eq!((tcp.rx_bytes, tcp.rx_payload), (tcp_there.tx_bytes, tcp_there.tx_payload));
+        assert_eq!((tcp.tx_packets, tcp.rx_packets), (tcp_there.rx_packets, tcp_there.tx_packets));
+    }
+}
+
+fn bytes_equal_the_interface(tc: TcKind, expected: Hook) {
+    let pair = Pair::new(65_535);
+    let (mut a, mut b, hook) = pair.watch(Mode::Tc, tc);
+    assert_eq!(hook, expected);
+    pair.up();
+    pair.talk();
+    for (host, kernel) in [(&pair.a, &a), (&pair.b, &b)] {
+        eventually(|| {
+            let (here, there) = (counted(&stats(kernel)), interface(host));
+            if here == there { Ok(()) } else { Err(format!("programs {here:?}, interface {there:?}")) }
+        });
+    }
+    check_flows(&mut a, &mut b);
+}
+
+#[test]
+fn tcx_counts_exactly_what_the_interface_counts() {
+    bytes_equal_the_interface(TcKind::Best, Hook::Tcx);
+}
+
+#[test]
+fn clsact_counts_exactly_what_the_interface_counts() {
+    bytes_equal_the_interface(TcKind::Clsact, Hook::Clsact);
+}
+
+#[test]
+fn xdp_counts_what_arrives_and_tc_what_leaves_without_counting_twice() {
+    // XDP takes the super-packets apart; TC sees them whole. Without them both count the same headers.
+    let pair = Pair::new(1);
+    let (mut a, mut b, hook) = pair.watch(Mode::Xdp, TcKind::Best);
+    assert_eq!(hook, Hook::XdpTcx);
+    pair.up();
+    pair.talk();
+    eventually(|| {
+        let (here, there) = (counted(&stats(&a)), counted(&stats(&b)));
+        if here == there { Ok(()) } else { Err(format!("one end {here:?}, the other {there:?}")) }
+    });
+    check_flows(&mut a, &mut b);
+}
+
+/// A program of someone else on the same hook: another copy of ours, with maps of its own.
+fn neighbour(pin_dir: PathBuf, options: TcAttachOptions) -> (PerCpuArray<MapData, Stats>, aya::Ebpf) {
+    let _ = pin_dir;
+    let mut ebpf = EbpfLoader::new().load(OBJECT).unwrap();
+    let program: &mut SchedClassifier = ebpf.program_mut(programs::TC_INGRESS).unwrap().try_into().unwrap();
+    program.load().unwrap();
+    program.attach_with_options("v", TcAttachType::Ingress, options).unwrap();
+    let stats = PerCpuArray::try_from(ebpf.take_map(maps::STATS).unwrap()).unwrap();
+    (stats, ebpf)
+}
+
+fn seen(stats: &PerCpuArray<MapData, Stats>) -> u64 {
+    stats.get(&0, 0).unwrap().iter().map(|cpu| cpu.seen).sum()
+}
+
+#[test]
+fn programs_before_and_behind_ours_see_every_packet() {
+    let pair = Pair::new(65_535);
+    let dir = pair.a.bpffs.clone();
+    let (behind, _keep_behind) = pair.a.run({
+        let dir = dir.clone();
+        move || neighbour(dir, TcAttachOptions::TcxOrder(LinkOrder::first()))
+    });
+    // Ours goes first.
+    let (kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Best);
+    let (before, _keep_before) =
+        pair.a.run(move || neighbour(dir, TcAttachOptions::TcxOrder(LinkOrder::first())));
+    let order = pair.a.run(|| SchedClassifier::query_tcx("v", TcAttachType::Ingress).unwrap().1.len());
+    assert_eq!(order, 3);
+    pair.up();
+    pair.talk();
+    eventually(|| {
+        // Only what arrives: the neighbours are at ingress.
+        let arrived: u64 = {
+            let links: serde_json::Value = serde_json::from_str(&pair.a.ip("-j -s link show dev v")).unwrap();
+            links[0]["stats64"]["rx"]["packets"].as_u64().unwrap()
+        };
+        let all = (seen(&before), seen(&behind));
+        if all == (arrived, arrived) { Ok(()) } else { Err(format!("{all:?} of {arrived}")) }
+    });
+    assert!(stats(&kernel).seen > seen(&behind));
+}
+
+#[test]
+fn a_clsact_filter_behind_ours_sees_every_packet() {
+    let pair = Pair::new(65_535);
+    let (kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Clsact);
+    let options = TcAttachOptions::Netlink(NlOptions { priority: 2, ..NlOptions::default() });
+    let dir = pair.a.bpffs.clone();
+    let (behind, _keep) = pair.a.run(move || neighbour(dir, options));
+    pair.up();
+    pair.talk();
+    eventually(|| {
+        let links: serde_json::Value = serde_json::from_str(&pair.a.ip("-j -s link show dev v")).unwrap();
+        let arrived = links[0]["stats64"]["rx"]["packets"].as_u64().unwrap();
+        let behind = seen(&behind);
+        if behind == arrived { Ok(()) } else { Err(format!("{behind} of {arrived}")) }
+    });
+    assert!(stats(&kernel).seen > seen(&behind));
+}
+
+#[test]
+fn a_clean_end_leaves_the_interface_as_it_was() {
+    for (mode, tc) in [(Mode::Tc, TcKind::Best), (Mode::Tc, TcKind::Clsact), (Mode::Xdp, TcKind::Clsact)] {
+        let pair = Pair::new(65_535);
+        let state = |host: &Host| {
+            host.run(|| {
+                (sh("tc", "qdisc show dev v"), sh("bpftool", "net show dev v"), ip("link show dev v"))
+            })
+        };
+        let before = state(&pair.a);
+        let (kernel, _) = watch(&pair.a, mode, tc);
+        assert_ne!(state(&pair.a), before);
+        pair.a.run(move || kernel.shutdown().unwrap());
+        assert_eq!(state(&pair.a), before);
+    }
+}
+
+#[test]
+fn a_clsact_qdisc_with_filters_of_others_stays() {
+    let pair = Pair::new(65_535);
+    let (kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Clsact);
+    pair.a.run(|| sh("tc", "filter add dev v ingress prio 9 matchall action ok"));
+    pair.a.run(move || kernel.shutdown().unwrap());
+    let filters = pair.a.run(|| sh("tc", "filter show dev v ingress"));
+    assert!(filters.contains("matchall") && !filters.contains("nm_tc"), "{filters}");
+}
+
+#[test]
+fn filters_of_an_agent_that_died_are_replaced_and_not_doubled() {
+    let pair = Pair::new(65_535);
+    let (dead, _) = watch(&pair.a, Mode::Tc, TcKind::Clsact);
+    // As SIGKILL does it: nothing detaches.
+    std::mem::forget(dead);
+    let (kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Clsact);
+    for direction in ["ingress", "egress"] {
+        let filters = pair.a.run(move || sh("tc", &format!("filter show dev v {direction}")));
+        assert_eq!(filters.matches("nm_tc_").count(), 1, "{filters}");
+    }
+    pair.up();
+    pair.talk();
+    eventually(|| {
+        let (here, there) = (counted(&stats(&kernel)), interface(&pair.a));
+        if here == there { Ok(()) } else { Err(format!("programs {here:?}, interface {there:?}")) }
+    });
+}
+
+#[test]
+fn an_interface_that_disappears_can_be_detached() {
+    let pair = Pair::new(65_535);
+    for tc in [TcKind::Best, TcKind::Clsact] {
+        pair.a.ip("link add gone type dummy");
+        let index = pair.a.ifindex("gone");
+        let mut options = pair.a.options();
+        options.tc = tc;
+        let mut kernel = pair.a.load(options);
+        let detached = pair.a.run(move || {
+            kernel.attach(index).unwrap();
+            ip("link del gone");
+            assert_eq!(kernel.attached().count(), 1);
+            let detached = kernel.detach(index).unwrap();
+            assert!(!kernel.detach(index).unwrap());
+            kernel.shutdown().unwrap();
+            detached
+        });
+        assert!(detached);
+    }
+}
+
+#[test]
+fn an_interface_with_an_xdp_program_refuses_ours_with_a_word() {
+    let pair = Pair::new(65_535);
+    let (_first, _) = watch(&pair.a, Mode::Xdp, TcKind::Best);
+    let mut options = pair.a.options();
+    options.pin_dir = pair.a.bpffs.join("second");
+    options.mode = Mode::Xdp;
+    let mut second = pair.a.load(options);
+    let index = pair.a.ifindex("v");
+    let error = pair.a.run(move || second.attach(index)).unwrap_err();
+    assert!(matches!(error, KernelError::XdpBusy { .. }), "{}", chain(&error));
+}
+
+#[test]
+fn an_interface_without_ethernet_header_is_counted_from_its_ip_header() {
+    let host = Host::new();
+    host.ip("tuntap add v mode tun");
+    let (mut kernel, hook) = watch(&host, Mode::Xdp, TcKind::Best);
+    assert_eq!(hook, Hook::Tcx, "XDP is for Ethernet");
+    host.ip("addr add 192.0.2.1/24 dev v");
+    host.ip("link set v up");
+    host.run(|| {
+        let socket = UdpSocket::bind("192.0.2.1:0").unwrap();
+        socket.send_to(b"into the tunnel", "192.0.2.2:7000").unwrap();
+    });
+    let found = flows(&mut kernel);
+    let (_, state) = found.iter().find(|(flow, _)| flow.remote.port() == 7000).unwrap();
+    assert_eq!((state.tx_packets, state.tx_bytes, state.tx_payload), (1, 43, 15));
+    assert_eq!(stats(&kernel).malformed, 0);
+}
+
+#[test]
+fn bpftool_prints_the_flow_table_with_field_names() {
+    let pair = Pair::new(65_535);
+    let (kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Best);
+    pair.up();
+    pair.talk();
+    let pins = pair.a.bpffs.join("netmon");
+    let show = |arguments: String| pair.a.run(move || sh("bpftool", &arguments));
+    let dump = show(format!("map dump pinned {}", pins.join(maps::FLOWS4).display()));
+    for field in ["\"local_addr\"", "\"remote_port\": ", "\"tx_payload\": ", "\"burst_ns\": ", "\"class\": "]
+    {
+        assert!(dump.contains(field), "{field} in {dump}");
+    }
+    // With `--nocapture`, what docs/bpftool.md shows.
+    println!("$ bpftool prog show\n{}", show("prog show".into()));
+    println!("$ bpftool net show\n{}", show("net show".into()));
+    println!("$ bpftool link show\n{}", show("link show".into()));
+    println!("$ bpftool map show\n{}", show("map show".into()));
+    println!("$ bpftool map dump name nm_flows4\n{dump}");
+    for map in [maps::STATS, maps::CONFIG, maps::LAN4] {
+        println!(
+            "$ bpftool map dump name {map}\n{}",
+            show(format!("map dump pinned {}", pins.join(map).display()))
+        );
+    }
+    drop(kernel);
+}
+
+/// The stats map can be opened by anyone who may read the pins: `bpftool` is a user interface.
+#[test]
+fn statistics_can_be_read_through_the_pin() {
+    let pair = Pair::new(65_535);
+    let (kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Best);
+    pair.up();
+    pair.talk();
+    let pin = pair.a.bpffs.join("netmon").join(maps::STATS);
+    let pinned = pair.a.run(move || {
+        let map = Map::PerCpuArray(MapData::from_pin(pin).unwrap());
+        seen(&PerCpuArray::try_from(map).unwrap())
+    });
+    assert!(pinned > 0 && pinned <= stats(&kernel).seen);
+}
