@@ -192,12 +192,8 @@ impl Room {
             let pid = self.host(host).holder_pid();
             let port = format!("{}.{host}", &bridge[..1]);
             let address = mac.map(|mac| format!("address {mac} ")).unwrap_or_default();
-            // One segment at a time, as on a wire: the interface's counters know no super-packets.
-            let limit = "gso_max_segs 1";
-            let _ = writeln!(
-                batch,
-                "link add name {port} {limit} type veth peer name {interface} {address}{limit} netns {pid}"
-            );
+            let _ =
+                writeln!(batch, "link add name {port} type veth peer name {interface} {address}netns {pid}");
             let _ = writeln!(batch, "link set dev {port} master {bridge} up");
         };
         cable("lan", "router", "lan0", Some(mac(0)));
@@ -214,7 +210,7 @@ impl Room {
 
     fn give_addresses(&self) -> Result<(), RoomError> {
         let up = |interface: &str, addresses: &[&str]| {
-            let mut batch = format!("link set dev {interface} up gso_max_segs 1\n");
+            let mut batch = format!("link set dev {interface} up\n");
             for address in addresses {
                 let nodad = if address.contains(':') { " nodad" } else { "" };
                 let _ = writeln!(batch, "address add {address} dev {interface}{nodad}");
