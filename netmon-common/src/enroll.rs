@@ -47,9 +47,7 @@ impl fmt::Display for Token {
 
 /// Why a text is not a token.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "not an enrolment token: {0} (expected nm1.<host:port>.<fingerprint>.<id>.<secret>, as `netmon-server token` prints it)"
-)]
+#[error("not an enrolment token: {0} (expected nm1.<host:port>.<fingerprint>.<id>.<secret>, as `netmon-server token` prints it)")]
 pub struct TokenError(&'static str);
 
 impl FromStr for Token {

@@ -26,9 +26,10 @@ pub fn is_usb(event: &Event) -> bool {
     match event {
         Event::DevicePresent(_) | Event::DeviceAdded(_) | Event::DeviceRemoved(_) => true,
         Event::Transfer(transfer) => transfer.channel == Channel::Usb,
-        Event::Gap(gap) => {
-            matches!(gap.reason, GapReason::AgentDown | GapReason::UsbMessagesLost | GapReason::UsbNotWatched)
-        }
+        Event::Gap(gap) => matches!(
+            gap.reason,
+            GapReason::AgentDown | GapReason::UsbMessagesLost | GapReason::UsbNotWatched
+        ),
         _ => false,
     }
 }
@@ -109,10 +110,7 @@ fn transfer_sentence(run: u32, t: &Transfer, zone: &TimeZone) -> String {
             };
             let interface =
                 if t.interface.is_empty() { String::new() } else { format!(", {}", t.interface.escaped()) };
-            format!(
-                "{channel} transfer started: {who}{opened}{interface}, first at {} {id}",
-                time(t.first_wall_ns, zone)
-            )
+            format!("{channel} transfer started: {who}{opened}{interface}, first at {} {id}", time(t.first_wall_ns, zone))
         }
         Phase::Progress => format!("{channel} transfer goes on: {who}, {} {id}", Moved(t)),
         Phase::Ended(reason) => {
@@ -122,11 +120,7 @@ fn transfer_sentence(run: u32, t: &Transfer, zone: &TimeZone) -> String {
                 EndReason::DeviceRemoved => ", cut off: the device is gone",
                 EndReason::Muted => ", now muted by the filter list",
             };
-            format!(
-                "{channel} transfer ended: {who}, {}, last at {}{reason} {id}",
-                Moved(t),
-                time(t.last_wall_ns, zone)
-            )
+            format!("{channel} transfer ended: {who}, {}, last at {}{reason} {id}", Moved(t), time(t.last_wall_ns, zone))
         }
     }
 }
@@ -171,9 +165,7 @@ fn gap_sentence(gap: &Gap, zone: &TimeZone) -> String {
         GapReason::AgentStalled => ("the agent was held up, transfers may be merged", ""),
         GapReason::FlowTableFull => ("the kernel's flow table was full", "frames"),
         GapReason::RingFull => ("the ring buffer was full, starts may be late", "flows"),
-        GapReason::TransferTableFull => {
-            ("too many transfers at once, the rest is in the muted totals", "flows")
-        }
+        GapReason::TransferTableFull => ("too many transfers at once, the rest is in the muted totals", "flows"),
         GapReason::SpoolFull => ("the spool was full, oldest records were given up", "records"),
         GapReason::SpoolUnwritable => ("the spool could not be written", "records"),
         GapReason::SpoolDamaged => ("the spool's end was damaged and cut off", "bytes"),
@@ -218,14 +210,7 @@ impl Display for Moved<'_> {
         let Transfer { channel, traffic: t, .. } = self.0;
         let seconds = self.0.last_wall_ns.saturating_sub(self.0.first_wall_ns) as f64 / 1e9;
         if *channel == Channel::Usb {
-            write!(
-                f,
-                "written {} ({} B), read {} ({} B)",
-                Size(t.tx_bytes),
-                t.tx_bytes,
-                Size(t.rx_bytes),
-                t.rx_bytes
-            )?;
+            write!(f, "written {} ({} B), read {} ({} B)", Size(t.tx_bytes), t.tx_bytes, Size(t.rx_bytes), t.rx_bytes)?;
         } else {
             write!(f, "sent {} ({} B, payload {} B)", Size(t.tx_payload), t.tx_bytes, t.tx_payload)?;
             write!(f, ", received {} ({} B, payload {} B)", Size(t.rx_payload), t.rx_bytes, t.rx_payload)?;
@@ -366,8 +351,7 @@ mod tests {
 
     #[test]
     fn sizes_are_rounded_for_people() {
-        let shown: Vec<_> =
-            [0, 999, 1_000, 20_971_520, 999_950, 5_000_000_000].map(|n| Size(n).to_string()).into();
+        let shown: Vec<_> = [0, 999, 1_000, 20_971_520, 999_950, 5_000_000_000].map(|n| Size(n).to_string()).into();
         assert_eq!(shown, ["0 B", "999 B", "1.0 kB", "21.0 MB", "1.0 MB", "5.0 GB"]);
     }
 

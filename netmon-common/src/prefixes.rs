@@ -50,10 +50,7 @@ impl PrefixList {
         let mut lines_of = BTreeMap::new();
         let mut families = [0_usize; 2];
         if text.len() > MAX_FILE {
-            return Err(PrefixError {
-                line: 1,
-                problem: format!("the file is longer than {MAX_FILE} bytes"),
-            });
+            return Err(PrefixError { line: 1, problem: format!("the file is longer than {MAX_FILE} bytes") });
         }
         let mut label = None;
         for (line, text) in (1..).zip(text.lines()) {
@@ -63,9 +60,7 @@ impl PrefixList {
                 continue;
             }
             if let Some(name) = text.strip_prefix('[') {
-                let name = name
-                    .strip_suffix(']')
-                    .ok_or_else(|| bad(format!("`{}` has no closing `]`", show(text))))?;
+                let name = name.strip_suffix(']').ok_or_else(|| bad(format!("`{}` has no closing `]`", show(text))))?;
                 label = Some(list.label(name.trim()).map_err(bad)?);
                 continue;
             }
@@ -162,18 +157,12 @@ mod tests {
         let cases = [
             ("[a]\n10.0.0.1/8", "line 2: 10.0.0.1/8 has bits set behind its length: write 10.0.0.0/8"),
             ("10.0.0.0/8", "line 1: a prefix before the first `[label]`"),
-            (
-                "[a]\n\n10.0.0.0/33",
-                "line 3: `10.0.0.0/33` is not a prefix: write for example 198.51.100.0/24 or 2001:db8::/32",
-            ),
+            ("[a]\n\n10.0.0.0/33", "line 3: `10.0.0.0/33` is not a prefix: write for example 198.51.100.0/24 or 2001:db8::/32"),
             ("[a]\n192.0.2.0/24\n[b]\n192.0.2.0/24", "line 4: 192.0.2.0/24 is listed twice, first in line 2"),
             ("[a", "line 1: `[a` has no closing `]`"),
             ("[a b]", "line 1: `a b` is not a label: write 1 to 64 of the characters a-z A-Z 0-9 - _ ."),
             ("[a]\n0.0.0.0/0", "line 2: 0.0.0.0/0 would mute everything"),
-            (
-                "[a]\n\u{1b}[2J",
-                "line 2: `\\u{1b}[2J` is not a prefix: write for example 198.51.100.0/24 or 2001:db8::/32",
-            ),
+            ("[a]\n\u{1b}[2J", "line 2: `\\u{1b}[2J` is not a prefix: write for example 198.51.100.0/24 or 2001:db8::/32"),
         ];
         for (text, message) in cases {
             assert_eq!(PrefixList::parse(text).unwrap_err().to_string(), message);
