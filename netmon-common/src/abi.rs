@@ -101,7 +101,8 @@ pub struct Flow6Key {
 pub struct FlowState {
     /// Packets sent; a GSO super-packet counts its segments.
     pub tx_packets: u64,
-    /// Bytes sent, from the IP header on, without link-layer padding.
+    /// Bytes sent, from the IP header on, without link-layer padding. A GSO or GRO super-packet has one set of
+    /// headers here, as in the interface's own counters.
     pub tx_bytes: u64,
     /// Bytes sent behind the TCP or UDP header.
     pub tx_payload: u64,

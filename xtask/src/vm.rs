@@ -106,7 +106,7 @@ fn build_usb_tests() -> anyhow::Result<PathBuf> {
     let arguments = [
         "test",
         "-p",
-        "netmon-agent",
+        "netmon-lab",
         "--test",
         "usb_vm",
         "--no-run",

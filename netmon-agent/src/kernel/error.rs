@@ -17,6 +17,9 @@ pub enum KernelError {
         /// The missing capabilities.
         missing: String,
     },
+    /// Our own capabilities could not be read.
+    #[error("cannot read the capabilities of this process")]
+    UnknownCapabilities(#[source] io::Error),
     /// The kernel lacks something that the programs need.
     #[error("kernel {release} is too old: netmon needs Linux 5.10 or newer")]
     KernelTooOld {
@@ -58,7 +61,9 @@ pub enum KernelError {
         source: PinError,
     },
     /// The object could not be loaded (maps created, programs relocated).
-    #[error("cannot load the kernel programs; is the limit of locked memory too low, or BPF locked down?")]
+    #[error(
+        "cannot load the kernel programs; is the limit of locked memory (ulimit -l) too low, or BPF locked down?"
+    )]
     Load(#[source] Box<EbpfError>),
     /// The kernel refused a program.
     #[error("the kernel refused the program {name}")]

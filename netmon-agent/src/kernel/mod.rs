@@ -167,6 +167,7 @@ impl Kernel {
     pub fn load(options: LoadOptions) -> Result<Self, KernelError> {
         preflight::check()?;
         preflight::prepare_pin_directory(&options.pin_dir)?;
+        preflight::allow_locked_memory();
         let directory = options.pin_dir.clone();
         Self::load_and_pin(options).inspect_err(|_| {
             // The first error is the one to report; what is left over goes at the next start.

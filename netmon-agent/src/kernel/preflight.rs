@@ -5,6 +5,7 @@ use std::{fs, io, path::Path};
 use rustix::{
     fs::{Mode, mkdirat, statfs},
     mount::{MountFlags, mount},
+    process::{Resource, Rlimit, setrlimit},
     thread::{CapabilitySet, capabilities},
 };
 
@@ -26,9 +27,8 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// [`KernelError::KernelTooOld`], [`KernelError::UnknownRelease`], [`KernelError::NotPermitted`].
 pub fn check() -> Result<(), KernelError> {
     check_release(&rustix::system::uname().release().to_string_lossy())?;
-    let effective = capabilities(None)
-        .map_err(|source| KernelError::Netlink { action: "read our capabilities", source: source.into() })?
-        .effective;
+    let effective =
+        capabilities(None).map_err(|source| KernelError::UnknownCapabilities(source.into()))?.effective;
     check_capabilities(effective)
 }
 
@@ -54,6 +54,15 @@ fn check_capabilities(effective: CapabilitySet) -> Result<(), KernelError> {
     let has = |set| effective.contains(set) || (admin && set != CapabilitySet::NET_ADMIN);
     let missing: Vec<_> = needed.iter().filter(|(_, set)| !has(*set)).map(|(name, _)| *name).collect();
     if missing.is_empty() { Ok(()) } else { Err(KernelError::NotPermitted { missing: missing.join(", ") }) }
+}
+
+/// Lifts the limit of locked memory. Kernels before 5.11 count maps (some 25 MiB) against it, newer ones do not: a
+/// failure shows, if at all, when the maps are made.
+pub(super) fn allow_locked_memory() {
+    let unlimited = Rlimit { current: None, maximum: None };
+    if let Err(error) = setrlimit(Resource::Memlock, unlimited) {
+        tracing::debug!(%error, "cannot lift the limit of locked memory");
+    }
 }
 
 /// Makes the directory for the pins, for root's eyes only, and removes the pins of an agent that died.

@@ -1,6 +1,9 @@
 //! Full maps, bursts and idle flows, leftovers, wrong input.
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::{
+    maps::{HashMap, Map, MapData},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
 use netmon_agent::kernel::{FlowReading, Kernel, KernelError, Sizes};
 use netmon_common::abi::{Flow4Key, FlowState, NOT_STORED, SILENCE_NS, STORED, maps, programs};
 
@@ -116,6 +119,35 @@ fn an_idle_flow_is_retired_with_its_last_counts_and_starts_from_zero_when_it_com
     let (_, state) = bench.flow();
     assert_eq!(state.tx_packets, 1);
     assert_eq!(bench.opened().len(), 3, "a flow that comes back is announced again");
+}
+
+#[test]
+fn cpus_that_count_the_same_flow_at_the_same_time_lose_nothing() {
+    const REPEAT: u32 = 100_000;
+    let mut bench = Bench::new();
+    let pins = [bench.pin(programs::TC_EGRESS), bench.pin(programs::TC_INGRESS)];
+    let frames = [udp_out(1, 2, b"abc"), udp_in(2, 1, b"defgh")];
+    bench.host.run(move || {
+        // Twice each: two directions of one flow, and two CPUs in the same direction.
+        std::thread::scope(|scope| {
+            for (pin, frame) in pins.iter().zip(&frames).chain(pins.iter().zip(&frames)) {
+                scope.spawn(move || {
+                    let program = SchedClassifier::from_pin(pin).unwrap();
+                    let data_in = Some(frame.as_slice());
+                    program
+                        .test_run(TestRunOptions { data_in, repeat: REPEAT, ..Default::default() })
+                        .unwrap();
+                });
+            }
+        });
+    });
+    let each = 2 * u64::from(REPEAT);
+    let (_, state) = bench.flow();
+    assert_eq!((state.tx_packets, state.tx_bytes, state.tx_payload), (each, 31 * each, 3 * each));
+    assert_eq!((state.rx_packets, state.rx_bytes, state.rx_payload), (each, 33 * each, 5 * each));
+    let stats = bench.stats();
+    assert_eq!((stats.seen, stats.counted, stats.counted_bytes), (2 * each, 2 * each, 64 * each));
+    assert_eq!(bench.opened().len(), 1, "one of them was first");
 }
 
 #[test]
