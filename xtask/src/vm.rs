@@ -16,6 +16,8 @@ use anyhow::{Context as _, bail, ensure};
 
 use machine::Outcome;
 
+use crate::sh;
+
 /// Arguments of `cargo xtask vm`.
 #[derive(clap::Args)]
 pub struct Args {
@@ -25,6 +27,9 @@ pub struct Args {
     /// A file for the guest, with the libraries it needs; into /usr/local/bin unless a path in the guest follows
     #[arg(long, value_name = "FILE[:GUEST]")]
     add: Vec<String>,
+    /// A test of netmon-lab to build and to put into /usr/local/bin of the guest
+    #[arg(long = "test", value_name = "NAME")]
+    tests: Vec<String>,
     /// Seconds that the command may take
     #[arg(long, default_value_t = 300)]
     time_limit: u64,
@@ -33,16 +38,28 @@ pub struct Args {
     command: Vec<String>,
 }
 
-/// What is needed, and from which Debian package it comes.
-const NEEDED: [(&str, &str); 7] = [
-    ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
-    ("/bin/busybox", "busybox-static"),
-    ("/bin/kmod", "kmod"),
-    ("/usr/bin/cpio", "cpio"),
-    ("/usr/bin/udevadm", "udev"),
-    ("/usr/bin/strip", "binutils"),
-    ("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
-];
+impl Args {
+    /// The tests against real USB devices.
+    pub fn usb_tests(kernel: &str) -> Self {
+        Self {
+            kernels: vec![kernel.to_owned()],
+            add: vec![],
+            tests: vec![],
+            time_limit: 300,
+            command: vec![],
+        }
+    }
+
+    /// A command that runs a test of netmon-lab.
+    pub fn command(kernel: &str, test: &str, command: &str) -> Self {
+        let (tests, command) = (vec![test.to_owned()], vec![command.to_owned()]);
+        Self { tests, command, time_limit: 900, ..Self::usb_tests(kernel) }
+    }
+}
+
+/// Debian packages that making and running a guest takes.
+const PACKAGES: [&str; 7] =
+    ["qemu-system-x86", "busybox-static", "kmod", "cpio", "udev", "binutils", "debian-archive-keyring"];
 
 /// About 1 boot in 100 hangs under QEMU's emulation.
 const BOOT_ATTEMPTS: u32 = 3;
@@ -52,14 +69,17 @@ const BOOT_ATTEMPTS: u32 = 3;
 /// # Errors
 /// When something needed is missing, or the command fails on one of the kernels.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    install_missing()?;
-    let cache = workspace().join("target/vm");
+    sh::ensure_packages(&PACKAGES)?;
+    let cache = sh::workspace().join("target/vm");
     fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
 
     let mut files: Vec<(PathBuf, PathBuf)> = args.add.iter().map(|file| parse_file(file)).collect();
+    for test in &args.tests {
+        files.push((build_test(test)?, Path::new("/usr/local/bin").join(test)));
+    }
     let mut command = args.command.join(" ");
     if command.is_empty() {
-        files.push((build_usb_tests()?, "/usr/local/bin/usb_vm".into()));
+        files.push((build_test("usb_vm")?, "/usr/local/bin/usb_vm".into()));
         command = "RUST_BACKTRACE=1 usb_vm --ignored --nocapture --test-threads=1".into();
     }
 
@@ -101,46 +121,24 @@ fn parse_file(argument: &str) -> (PathBuf, PathBuf) {
     (host, guest)
 }
 
-fn build_usb_tests() -> anyhow::Result<PathBuf> {
+/// Builds a test of netmon-lab and says where its program is.
+fn build_test(name: &str) -> anyhow::Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let arguments = [
-        "test",
-        "-p",
-        "netmon-lab",
-        "--test",
-        "usb_vm",
-        "--no-run",
-        "--message-format=json-render-diagnostics",
-    ];
+    let arguments =
+        ["test", "-p", "netmon-lab", "--test", name, "--no-run", "--message-format=json-render-diagnostics"];
     let output = Command::new(cargo)
         .args(arguments)
-        .current_dir(workspace())
+        .current_dir(sh::workspace())
         .stderr(Stdio::inherit())
         .output()
         .context("cannot start cargo")?;
-    ensure!(output.status.success(), "the USB tests do not build");
+    ensure!(output.status.success(), "the test {name} does not build");
     String::from_utf8_lossy(&output.stdout)
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "usb_vm")
+        .filter(|message| message["target"]["name"] == name)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo did not say where the USB tests are")
-}
-
-fn install_missing() -> anyhow::Result<()> {
-    let missing: Vec<_> =
-        NEEDED.iter().filter(|(file, _)| !Path::new(file).exists()).map(|&(_, package)| package).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    println!("vm: installing {}", missing.join(" "));
-    let install = ["install", "-y", "-qq", "--no-install-recommends"];
-    run_tool(Command::new("apt-get").args(install).args(&missing).env("DEBIAN_FRONTEND", "noninteractive"))
-        .with_context(|| format!("install these packages as root: {}", missing.join(" ")))
-}
-
-fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned()
+        .context("cargo did not say where the test is")
 }
 
 /// Runs a tool to its end; its output is shown.
