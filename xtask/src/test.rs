@@ -51,7 +51,7 @@ pub fn run(parts: &[Part]) -> Result<()> {
     if wanted(Part::Vm) {
         vm::run(&vm::Args::usb_tests(USB_KERNEL))?;
         let (kernel, command) = OLDEST_KERNEL;
-        vm::run(&vm::Args::command(kernel, "kernel", command))?;
+        vm::run(&vm::Args::command(kernel, "kernel", &["ip", "tc"], command))?;
     }
     Ok(())
 }

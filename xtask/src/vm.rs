@@ -50,10 +50,11 @@ impl Args {
         }
     }
 
-    /// A command that runs a test of netmon-lab.
-    pub fn command(kernel: &str, test: &str, command: &str) -> Self {
+    /// A command that runs a test of netmon-lab, which finds these tools of the host in the guest.
+    pub fn command(kernel: &str, test: &str, tools: &[&str], command: &str) -> Self {
+        let add = tools.iter().filter_map(|tool| Some(sh::find(tool)?.display().to_string())).collect();
         let (tests, command) = (vec![test.to_owned()], vec![command.to_owned()]);
-        Self { tests, command, time_limit: 900, ..Self::usb_tests(kernel) }
+        Self { add, tests, command, time_limit: 900, ..Self::usb_tests(kernel) }
     }
 }
 
