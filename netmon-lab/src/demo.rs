@@ -48,10 +48,11 @@ pub fn run(keep: bool) -> Result<()> {
     for (pc, log) in (1..=PCS).zip(&logs) {
         println!("\n   pc-{pc}   {}", server.log_file(&format!("pc-{pc}")).display());
         wait_for_the_end(pc, log)?;
-        for seen in log.lines().iter().filter(|seen| !matches!(seen.line.kind, Kind::Coverage(_))) {
+        log.lines().iter().filter(|seen| is_shown(&seen.line.kind)).for_each(|seen| {
             println!("   {}", seen.line.text);
-        }
+        });
     }
+    println!("\n   (Left out: the coverage lines, and the sums of netmon's own connections.)");
     if keep {
         stand(&room, &server);
     }
@@ -114,6 +115,15 @@ fn usb(room: &Room) -> Result<()> {
 }
 
 /// Waits until the server has what was made on this PC.
+/// What repeats every second in the room is not worth a line here.
+fn is_shown(kind: &Kind) -> bool {
+    match kind {
+        Kind::Coverage(_) => false,
+        Kind::Muted(muted) => muted.label != "netmon",
+        _ => true,
+    }
+}
+
 fn wait_for_the_end(pc: u8, log: &Follower) -> Result<()> {
     let ends = if pc == 3 { 3 } else { 1 };
     let has =
