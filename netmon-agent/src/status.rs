@@ -38,8 +38,8 @@ pub struct Status {
     pub server: String,
     /// Bytes that wait in the spool.
     pub spool_bytes: u64,
-    /// Counters as in the last "still watching" record.
-    pub counters: Counters,
+    /// As the next "still watching" record would say it.
+    pub coverage: Coverage,
 }
 
 /// Whether transfers can be seen.
@@ -69,43 +69,6 @@ impl From<&Interface> for WatchedInterface {
             name: interface.name.escaped().to_string(),
             index: interface.index,
             hook: format!("{:?}", interface.hook).to_lowercase(),
-        }
-    }
-}
-
-/// Totals of this run; see [`Coverage`].
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the fields are those of `Coverage`")]
-pub struct Counters {
-    pub usb: bool,
-    pub flows: u64,
-    pub transfers: u64,
-    pub seen: u64,
-    pub counted: u64,
-    pub not_ip: u64,
-    pub other_protocol: u64,
-    pub malformed: u64,
-    pub table_full: u64,
-    pub ring_full: u64,
-    pub backlog: u64,
-    pub spool_lost: u64,
-}
-
-impl From<&Coverage> for Counters {
-    fn from(c: &Coverage) -> Self {
-        Self {
-            usb: c.usb,
-            flows: c.flows,
-            transfers: c.transfers,
-            seen: c.seen,
-            counted: c.counted,
-            not_ip: c.not_ip,
-            other_protocol: c.other_protocol,
-            malformed: c.malformed,
-            table_full: c.table_full,
-            ring_full: c.ring_full,
-            backlog: c.backlog,
-            spool_lost: c.spool_lost,
         }
     }
 }
@@ -191,7 +154,7 @@ pub fn read(runtime: &Path, now: &Now) -> Result<Status, StatusError> {
 impl Status {
     /// For people.
     pub fn describe(&self) -> String {
-        let c = &self.counters;
+        let c = &self.coverage;
         let interfaces: Vec<_> = self.interfaces.iter().map(|i| format!("{} ({})", i.name, i.hook)).collect();
         let watching = match self.state {
             State::Watching => format!("watching {}", interfaces.join(", ")),
@@ -209,8 +172,8 @@ impl Status {
         text += &format!("filter    {}\n", self.filter);
         text += &format!("now       {} transfers, {} flows\n", c.transfers, c.flows);
         text += &format!(
-            "frames    {} seen, {} counted, {} not IP, {} other protocols\n",
-            c.seen, c.counted, c.not_ip, c.other_protocol
+            "frames    {} seen, {} counted, {} not IP ({} B), {} other protocols ({} B)\n",
+            c.seen, c.counted, c.not_ip, c.not_ip_bytes, c.other_protocol, c.other_protocol_bytes
         );
         text += &format!(
             "lost      {} malformed, {} table full, {} ring full\n",
@@ -237,7 +200,7 @@ mod tests {
             filter: String::new(),
             server: String::new(),
             spool_bytes: 0,
-            counters: Counters::default(),
+            coverage: Coverage::default(),
         }
     }
 

@@ -53,6 +53,9 @@ fn sentence(record: &Record, zone: &TimeZone) -> String {
         Event::InterfaceDetached(i) => {
             format!("no longer watching interface {} (index {})", Quoted(&i.name), i.index)
         }
+        Event::InterfaceFailed(i) => {
+            format!("CANNOT WATCH interface {} (index {}): {}", Quoted(&i.name), i.index, Quoted(&i.error))
+        }
         Event::DevicePresent(device) => format!("USB device present: {}", Device(device)),
         Event::DeviceAdded(device) => format!("USB device added: {}", Device(device)),
         Event::DeviceRemoved(device) => format!("USB device removed: {}", Device(device)),
@@ -158,12 +161,19 @@ fn coverage_sentence(c: &Coverage) -> String {
     };
     line += if c.usb { ", USB" } else { ", USB IS NOT WATCHED" };
     line += &format!(
-        "; {} frames seen, {} counted, {} not IP, {} other protocols; {} flows, {} transfers",
-        c.seen, c.counted, c.not_ip, c.other_protocol, c.flows, c.transfers
+        "; {} frames seen, {} counted, {} not IP ({} B), {} other protocols ({} B); {} flows, {} transfers",
+        c.seen,
+        c.counted,
+        c.not_ip,
+        c.not_ip_bytes,
+        c.other_protocol,
+        c.other_protocol_bytes,
+        c.flows,
+        c.transfers
     );
     line += &format!(
-        "; lost: {} malformed, {} table full, {} ring full, {} spool; backlog {}",
-        c.malformed, c.table_full, c.ring_full, c.spool_lost, c.backlog
+        "; lost: {} malformed ({} B), {} table full, {} ring full, {} spool; backlog {}",
+        c.malformed, c.malformed_bytes, c.table_full, c.ring_full, c.spool_lost, c.backlog
     );
     line
 }
@@ -184,7 +194,8 @@ fn gap_sentence(gap: &Gap, zone: &TimeZone) -> String {
         GapReason::UsbNotWatched => ("USB events cannot be received", ""),
         GapReason::NeverReceived => ("records never came from this PC", "records"),
         GapReason::LogUnwritable => ("this PC's log could not be written", "lines"),
-        GapReason::InterfaceNotWatched => ("an interface cannot be watched, see the agent's status", ""),
+        GapReason::InterfaceNotWatched => ("an interface was not watched", ""),
+        GapReason::TablesUnreadable => ("the kernel's tables could not be read", ""),
         GapReason::UsbDiskNotMeasured => ("a USB disk's reads and writes cannot be measured", "disks"),
     };
     let count = match gap.count {

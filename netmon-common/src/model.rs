@@ -95,6 +95,8 @@ pub enum Event {
     Gap(Gap),
     /// The filter list was loaded, or a new one was refused.
     Filter(Filter),
+    /// An interface that was to be watched cannot be. When that ends, a [`Gap`] says how long it was so.
+    InterfaceFailed(InterfaceFailed),
 }
 
 /// Who watches, where.
@@ -121,6 +123,17 @@ pub struct Interface {
     pub index: u32,
     /// How its packets are seen.
     pub hook: Hook,
+}
+
+/// An interface that cannot be watched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceFailed {
+    /// Name.
+    pub name: Raw,
+    /// Kernel's index.
+    pub index: u32,
+    /// Why, for people.
+    pub error: Raw,
 }
 
 /// Where the programs are attached.
@@ -351,10 +364,16 @@ pub struct Coverage {
     pub counted: u64,
     /// Frames that are not IP, passed by.
     pub not_ip: u64,
+    /// Bytes of these frames.
+    pub not_ip_bytes: u64,
     /// IP packets that are neither TCP nor UDP, passed by.
     pub other_protocol: u64,
+    /// Bytes of these packets, from the IP header on.
+    pub other_protocol_bytes: u64,
     /// Frames that could not be parsed.
     pub malformed: u64,
+    /// Bytes of these frames.
+    pub malformed_bytes: u64,
     /// Frames of flows for which the flow table had no room.
     pub table_full: u64,
     /// "Flow opened" records that found the ring full.
@@ -410,8 +429,10 @@ pub enum GapReason {
     NeverReceived,
     /// The PC's own log could not be written. Count: lines.
     LogUnwritable,
-    /// An interface that was to be watched cannot be. Count: unknown.
+    /// An interface that was to be watched was not. Count: unknown.
     InterfaceNotWatched,
+    /// The kernel's tables could not be read; what moved meanwhile is reported late, as one. Count: unknown.
+    TablesUnreadable,
     /// A USB disk is there whose I/O counters cannot be read. Count: disks.
     UsbDiskNotMeasured,
 }

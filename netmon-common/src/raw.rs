@@ -49,8 +49,12 @@ impl fmt::Debug for Raw {
     }
 }
 
+/// As bytes; in formats for people (JSON) as escaped text, which is for reading only.
 impl Serialize for Raw {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            return serializer.collect_str(&self.escaped());
+        }
         serializer.serialize_bytes(&self.0)
     }
 }
@@ -72,6 +76,10 @@ impl<'de> Deserialize<'de> for Raw {
                 Ok(Raw(bytes.into()))
             }
 
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Raw, E> {
+                self.visit_bytes(text.as_bytes())
+            }
+
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Raw, A::Error> {
                 let mut bytes = Vec::new();
                 while let Some(byte) = seq.next_element()? {
@@ -82,6 +90,9 @@ impl<'de> Deserialize<'de> for Raw {
                 }
                 Ok(Raw(bytes.into()))
             }
+        }
+        if deserializer.is_human_readable() {
+            return deserializer.deserialize_str(Bounded);
         }
         deserializer.deserialize_bytes(Bounded)
     }
