@@ -284,7 +284,7 @@ fn announce<F: Frame, K: Key>(frame: &F, key: &K, state: &FlowState, packet: &Pa
         remote_addr,
         first_ns: state.first_ns,
         bytes: packet.l3_bytes,
-        // At most eight extension headers of 2 KiB each are followed, so this fits.
+        // At most seven extension headers of 2 KiB each are followed, so this fits.
         header_bytes: (packet.l3_bytes - packet.payload) as u16,
         // The kernel keeps the number of segments in 16 bits.
         packets: frame.segments() as u16,

@@ -235,12 +235,17 @@ fn pins_have_the_names_of_the_abi_and_the_directory_is_for_root_alone() {
 fn the_pins_of_an_agent_that_died_are_replaced_and_a_clean_end_removes_them() {
     let host = Host::new();
     let directory = host.options().pin_dir;
-    drop(host.load(host.options()));
+    host.load(host.options()).die();
     let left = directory.clone();
     assert!(host.run(move || left.join(maps::FLOWS4).exists()), "as after SIGKILL, pins are left");
     let kernel = host.load(host.options());
     assert_eq!(kernel.stats().unwrap().seen, 0);
-    host.run(move || kernel.shutdown().unwrap());
+    kernel.shutdown().unwrap();
+    let left = directory.clone();
+    assert!(!host.run(move || left.exists()));
+
+    // Neither does an agent that returns with an error leave anything.
+    drop(host.load(host.options()));
     assert!(!host.run(move || directory.exists()));
 }
 
@@ -265,8 +270,8 @@ fn too_many_prefixes_are_refused_before_anything_changes() {
 
 #[test]
 fn an_interface_that_is_not_there_is_named_by_its_index() {
-    let Bench { host, mut kernel } = Bench::new();
-    let error = host.run(move || kernel.attach(4_242)).unwrap_err();
+    let mut bench = Bench::new();
+    let error = bench.kernel.run(|kernel| kernel.attach(4_242)).unwrap_err();
     assert!(matches!(error, KernelError::NoSuchInterface { ifindex: 4_242 }), "{}", chain(&error));
 }
 
