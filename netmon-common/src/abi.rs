@@ -157,7 +157,8 @@ pub const HINT_QUIC: u8 = 1;
 /// Non-first fragments are among the packets (they carry no ports; their key has ports 0).
 pub const HINT_FRAGMENTS: u8 = 2;
 
-/// Ring buffer record: a flow's first packet was seen.
+/// Ring buffer record: a flow's first packet was seen. While the flow table is full, every packet of a flow outside
+/// of it is a first packet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowOpened {
@@ -169,8 +170,10 @@ pub struct FlowOpened {
     pub first_ns: u64,
     /// L3 bytes of the first packet.
     pub bytes: u32,
-    /// Bytes behind the TCP or UDP header of the first packet.
-    pub payload: u32,
+    /// Of `bytes`, those in front of the payload: IP, TCP and UDP headers of the first packet.
+    pub header_bytes: u16,
+    /// Packets on the wire that the first packet stands for: above 1 for a GSO or GRO super-packet.
+    pub packets: u16,
     /// Interface that saw the first packet.
     pub ifindex: u32,
     /// Local port.
@@ -189,14 +192,24 @@ pub struct FlowOpened {
     pub opened: u8,
     /// `HINT_` bits.
     pub hints: u8,
-    /// [`STORED`], or [`NOT_STORED`] when the flow table had no room: then this record is all that is known.
+    /// [`STORED`], [`NOT_STORED_TX`] or [`NOT_STORED_RX`].
     pub stored: u8,
 }
 
-/// The flow has an entry in the flow table.
+impl FlowOpened {
+    /// Bytes behind the TCP or UDP header of the first packet.
+    pub fn payload(&self) -> u32 {
+        self.bytes.saturating_sub(self.header_bytes.into())
+    }
+}
+
+/// The flow has an entry in the flow table, and the first packet is counted there.
 pub const STORED: u8 = 1;
-/// The flow table was full: the packet is counted in [`Stats::table_full`] only.
-pub const NOT_STORED: u8 = 0;
+/// The flow table had no room for a packet that leaves this PC: it is counted in [`Stats::table_full`], and this
+/// record is all that is known of it.
+pub const NOT_STORED_TX: u8 = 2;
+/// As [`NOT_STORED_TX`], of a packet that arrived.
+pub const NOT_STORED_RX: u8 = 3;
 
 /// What happened to the frames that reached the hooks. `seen` equals the sum of `counted` and all refusals
 /// except `ring_full` (a flow whose record did not fit in the ring is still counted in the table).
@@ -225,7 +238,8 @@ pub struct Stats {
     pub table_full: u64,
     /// L3 bytes of `table_full`.
     pub table_full_bytes: u64,
-    /// "Flow opened" records that did not fit into the ring buffer.
+    /// "Flow opened" records of flows in the table that did not fit into the ring buffer. Frames of flows outside the
+    /// table are in `table_full`, whether their record did fit or not.
     pub ring_full: u64,
 }
 

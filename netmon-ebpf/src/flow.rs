@@ -6,7 +6,7 @@ use core::arch::asm;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_boot_ns, bpf_ringbuf_query};
 use netmon_common::abi::{
     CLASS_GROUP, Flow4Key, Flow6Key, FlowOpened, FlowState, HINT_FRAGMENTS, HINT_QUIC, IPPROTO_UDP,
-    NOT_STORED, OPENED_HERE, OPENED_THERE, OPENED_UNKNOWN, RING_BYTES, SILENCE_NS, STORED,
+    NOT_STORED_RX, NOT_STORED_TX, OPENED_HERE, OPENED_THERE, OPENED_UNKNOWN, RING_BYTES, SILENCE_NS, STORED,
 };
 
 use crate::{
@@ -106,12 +106,16 @@ fn open<F: Frame, K: Key>(frame: &F, packet: &Packet, direction: Direction, key:
     let state = first(frame, packet, direction, key);
     match key.add(&state) {
         Ok(()) => {
-            announce(key, &state, packet, STORED);
+            announce(frame, key, &state, packet, STORED);
             Added::Stored
         }
         Err(EEXIST) => Added::WasThere,
         Err(_) => {
-            announce(key, &state, packet, NOT_STORED);
+            let stored = match direction {
+                Direction::Sent => NOT_STORED_TX,
+                Direction::Received => NOT_STORED_RX,
+            };
+            announce(frame, key, &state, packet, stored);
             Added::NoRoom
         }
     }
@@ -253,23 +257,26 @@ fn opened(packet: &Packet, direction: Direction) -> u8 {
 }
 
 /// Tells the agent about a flow's first packet. While the table is full every packet of the flows outside it is a
-/// first packet, so these may only use one half of the ring.
+/// first packet, so these may only use one half of the ring. What of them finds no room is in `table_full` already.
 #[inline(always)]
-fn announce<K: Key>(key: &K, state: &FlowState, packet: &Packet, stored: u8) {
+fn announce<F: Frame, K: Key>(frame: &F, key: &K, state: &FlowState, packet: &Packet, stored: u8) {
     /// `BPF_RB_AVAIL_DATA`: bytes that the agent has not read yet.
     const UNREAD: u64 = 0;
     /// `BPF_RB_RING_SIZE`.
     const SIZE: u64 = 1;
-    if stored == NOT_STORED {
+    if stored != STORED {
         let ring = (&raw const EVENTS).cast_mut().cast();
         // SAFETY: `ring` is the ring buffer map.
         let (unread, size) = unsafe { (bpf_ringbuf_query(ring, UNREAD), bpf_ringbuf_query(ring, SIZE)) };
         if unread > size / 2 {
-            return stats::ring_full();
+            return;
         }
     }
     let Some(mut entry) = EVENTS.reserve(0) else {
-        return stats::ring_full();
+        if stored == STORED {
+            stats::ring_full();
+        }
+        return;
     };
     let (local_addr, remote_addr, local_port, remote_port, family) = key.wide();
     entry.write(FlowOpened {
@@ -277,7 +284,10 @@ fn announce<K: Key>(key: &K, state: &FlowState, packet: &Packet, stored: u8) {
         remote_addr,
         first_ns: state.first_ns,
         bytes: packet.l3_bytes,
-        payload: packet.payload,
+        // At most seven extension headers of 2 KiB each are followed, so this fits.
+        header_bytes: (packet.l3_bytes - packet.payload) as u16,
+        // The kernel keeps the number of segments in 16 bits.
+        packets: frame.segments() as u16,
         ifindex: state.ifindex,
         local_port,
         remote_port,

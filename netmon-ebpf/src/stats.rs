@@ -41,7 +41,7 @@ pub fn record(outcome: Outcome, frame_bytes: u32, l3_bytes: u32) {
     *sum += u64::from(bytes);
 }
 
-/// Counts a record that found no room in the ring buffer.
+/// Counts a record of a flow in the table that found no room in the ring buffer.
 #[inline(always)]
 pub fn ring_full() {
     if let Some(stats) = STATS.get_ptr_mut(0) {

@@ -4,13 +4,14 @@ use aya::{
     Ebpf,
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::FdLink,
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
         xdp::{XdpLink, XdpMode},
     },
 };
-use netmon_common::{abi::programs, model::Hook};
+use netmon_common::{abi::programs, model::Hook, raw::Escaped};
 
-use super::{KernelError, Mode, TC_PROGRAMS, netlink, tc_program, xdp_program};
+use super::{KernelError, Mode, TC_PROGRAMS, netlink, sys, tc_program, xdp_program};
 
 /// First of all filters, as TCX programs are.
 const CLSACT_PRIORITY: u16 = 1;
@@ -25,11 +26,55 @@ pub(super) struct Attached {
     ifindex: u32,
     /// The clsact qdisc is ours.
     qdisc: bool,
-    tc: Vec<SchedClassifierLink>,
-    xdp: Option<XdpLink>,
+    tc: Vec<Tc>,
+    xdp: Option<Xdp>,
+}
+
+/// A TC program that hangs on an interface.
+#[derive(Debug)]
+struct Tc {
+    direction: TcAttachType,
+    /// Kernel's number of the program.
+    program: u32,
+    link: SchedClassifierLink,
+}
+
+/// The XDP program that hangs on an interface.
+#[derive(Debug)]
+struct Xdp {
+    /// Kernel's number of the program.
+    program: u32,
+    _link: XdpLink,
 }
 
 impl Attached {
+    /// Do all our programs still hang on the interface? True when the interface has gone.
+    pub fn is_complete(&self) -> Result<bool, KernelError> {
+        let link = match netlink::link(self.ifindex) {
+            Err(KernelError::NoSuchInterface { .. }) => return Ok(true),
+            link => link?,
+        };
+        if self.xdp.as_ref().is_some_and(|xdp| !link.xdp.contains(&xdp.program)) {
+            return Ok(false);
+        }
+        for Tc { direction, program, link } in &self.tc {
+            let is_tcx = <&FdLink>::try_from(link).is_ok();
+            let egress = *direction == TcAttachType::Egress;
+            let programs = if is_tcx {
+                sys::tcx_programs(self.ifindex, egress).map_err(|source| KernelError::ListPrograms {
+                    interface: self.interface.clone(),
+                    source,
+                })?
+            } else {
+                netlink::filters(self.ifindex, egress)?
+            };
+            if !programs.contains(program) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Detaches, and removes the qdisc if it was ours and nobody else uses it.
     pub fn detach(mut self) -> Result<(), KernelError> {
         self.tc.clear();
@@ -65,7 +110,7 @@ pub(super) fn attach(
     tcx: &mut bool,
     ifindex: u32,
 ) -> Result<Attached, KernelError> {
-    let netlink::Link { name: interface, link_type } = netlink::link(ifindex)?;
+    let netlink::Link { name: interface, link_type, .. } = netlink::link(ifindex)?;
     let Some(layer) = Layer::of(link_type) else {
         return Err(KernelError::UnsupportedLink { interface, link_type });
     };
@@ -119,11 +164,13 @@ fn attach_tc(
 ) -> Result<(), KernelError> {
     let program = tc_program(ebpf, name)?;
     let failed = |source| attach_error(name, &attached.interface, source);
+    let number = program.info().map_err(failed)?.id();
     if *tcx {
         let first = TcAttachOptions::TcxOrder(LinkOrder::first());
         match program.attach_with_options(&attached.interface, direction, first) {
             Ok(id) => {
-                attached.tc.push(program.take_link(id).map_err(failed)?);
+                let link = program.take_link(id).map_err(failed)?;
+                attached.tc.push(Tc { direction, program: number, link });
                 return Ok(());
             }
             // Kernels before 6.6 do not know the attach type.
@@ -138,7 +185,7 @@ fn attach_tc(
         Err(error) => return Err(failed(error.into())),
     }
     let link = attach_filter(program, &attached.interface, direction).map_err(failed)?;
-    attached.tc.push(link);
+    attached.tc.push(Tc { direction, program: number, link });
     Ok(())
 }
 
@@ -153,28 +200,32 @@ fn attach_filter(
 }
 
 /// In the driver where it can; else in the kernel's generic hook, as virtual machines and many Wi-Fi cards need.
-fn attach_xdp(ebpf: &mut Ebpf, attached: &Attached) -> Result<XdpLink, KernelError> {
+fn attach_xdp(ebpf: &mut Ebpf, attached: &Attached) -> Result<Xdp, KernelError> {
     let program = xdp_program(ebpf)?;
     let busy = |error: &ProgramError| matches!(errno(error), Some(libc::EBUSY | libc::EEXIST));
     let id = match program.attach_to_if_index(attached.ifindex, XdpMode::Default) {
         Err(error) if !busy(&error) => program.attach_to_if_index(attached.ifindex, XdpMode::Skb),
         result => result,
     };
-    match id {
-        Ok(id) => program.take_link(id),
+    let failed = |source| attach_error(programs::XDP_INGRESS, &attached.interface, source);
+    let id = match id {
         Err(error) if busy(&error) => {
             return Err(KernelError::XdpBusy { interface: attached.interface.clone() });
         }
-        Err(error) => Err(error),
-    }
-    .map_err(|source| attach_error(programs::XDP_INGRESS, &attached.interface, source))
+        id => id.map_err(failed)?,
+    };
+    let link = program.take_link(id).map_err(failed)?;
+    Ok(Xdp { program: program.info().map_err(failed)?.id(), _link: link })
 }
 
 fn remove_stale_filters(interface: &str) -> Result<(), KernelError> {
     for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
         for name in TC_PROGRAMS {
             match tc::qdisc_detach_program(interface, direction, name) {
-                Ok(()) => tracing::warn!(interface, name, "removed a filter of an agent that died"),
+                Ok(()) => {
+                    let interface = Escaped(interface.as_bytes());
+                    tracing::warn!(%interface, name, "removed a filter of an agent that died");
+                }
                 Err(TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(source) => {
                     let interface = interface.to_owned();

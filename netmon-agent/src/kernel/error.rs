@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use netmon_common::raw::Escaped;
+
 use aya::{EbpfError, maps::MapError, pin::PinError, programs::ProgramError};
 
 /// An action at the kernel's border that failed. The cause is in `source`.
@@ -115,7 +117,8 @@ pub enum KernelError {
     },
     /// The interface carries neither Ethernet nor bare IP.
     #[error(
-        "interface {interface} carries frames of link type {link_type} (ARPHRD), which netmon does not read"
+        "interface {} carries frames of link type {link_type} (ARPHRD), which netmon does not read",
+        Escaped(.interface.as_bytes())
     )]
     UnsupportedLink {
         /// Name.
@@ -124,13 +127,16 @@ pub enum KernelError {
         link_type: u16,
     },
     /// Only one XDP program fits on an interface.
-    #[error("interface {interface} already has an XDP program; remove it or use the TC mode")]
+    #[error(
+        "interface {} already has an XDP program; remove it or use the TC mode",
+        Escaped(.interface.as_bytes())
+    )]
     XdpBusy {
         /// Name.
         interface: String,
     },
     /// A program could not be attached.
-    #[error("cannot attach {program} to interface {interface}")]
+    #[error("cannot attach {program} to interface {}", Escaped(.interface.as_bytes()))]
     Attach {
         /// Program.
         program: &'static str,
@@ -140,12 +146,23 @@ pub enum KernelError {
         source: Box<ProgramError>,
     },
     /// The filters that a dead agent left could not be looked for or removed.
-    #[error("cannot remove the filters that an earlier agent left on interface {interface}")]
+    #[error(
+        "cannot remove the filters that an earlier agent left on interface {}",
+        Escaped(.interface.as_bytes())
+    )]
     StaleFilters {
         /// Name.
         interface: String,
         /// Why not.
         source: Box<aya::programs::tc::TcError>,
+    },
+    /// The kernel did not tell which programs hang on an interface.
+    #[error("cannot list the programs on interface {}", Escaped(.interface.as_bytes()))]
+    ListPrograms {
+        /// Name.
+        interface: String,
+        /// Why not.
+        source: io::Error,
     },
     /// The kernel did not answer a question about an interface.
     #[error("netlink: cannot {action}")]

@@ -10,7 +10,7 @@ use aya::{
     Pod,
     maps::{HashMap, Map},
 };
-use netmon_common::abi::{Flow4Key, Flow6Key, FlowOpened, FlowState};
+use netmon_common::abi::{Flow4Key, Flow6Key, FlowOpened, FlowState, NOT_STORED_RX, NOT_STORED_TX};
 
 use super::{KernelError, map_error, sys};
 
@@ -41,11 +41,6 @@ impl FlowId {
             remote: SocketAddr::new(address(record.remote_addr)?, record.remote_port),
             protocol: record.protocol,
         })
-    }
-
-    /// The counterpart's address for people: an IPv4-mapped one as IPv4.
-    pub fn remote_ip(&self) -> IpAddr {
-        self.remote.ip().to_canonical()
     }
 }
 
@@ -80,6 +75,38 @@ pub struct FlowReading {
     /// The flow was idle and its entry has been removed: these are its last counts, and a later packet of the
     /// same five numbers starts a new entry from zero.
     pub retired: bool,
+}
+
+impl FlowReading {
+    /// The one packet of a record whose flow found no room in the table, as the whole life of a flow: a later packet
+    /// of the same flow comes in a record of its own, and starts from zero. Its TCP flags are not known (0), nor is
+    /// the generation (0). `None`: the flow is in the table, and its packets are counted there; or the record is of
+    /// an unknown kind.
+    pub fn unstored(record: &FlowOpened) -> Option<Self> {
+        let flow = FlowId::of(record)?;
+        let (packets, bytes, payload) = (record.packets.into(), record.bytes.into(), record.payload().into());
+        let mut state = FlowState {
+            first_ns: record.first_ns,
+            burst_ns: record.first_ns,
+            last_ns: record.first_ns,
+            ifindex: record.ifindex,
+            label: record.label,
+            class: record.class,
+            opened: record.opened,
+            hints: record.hints,
+            ..FlowState::default()
+        };
+        match record.stored {
+            NOT_STORED_TX => {
+                (state.tx_packets, state.tx_bytes, state.tx_payload) = (packets, bytes, payload);
+            }
+            NOT_STORED_RX => {
+                (state.rx_packets, state.rx_bytes, state.rx_payload) = (packets, bytes, payload);
+            }
+            _ => return None,
+        }
+        Some(Self { flow, state, retired: true })
+    }
 }
 
 /// Reads one table, and removes what was idle for `retire_after_ns`.
@@ -160,7 +187,8 @@ pub(super) fn flow_opened(bytes: &[u8]) -> Option<FlowOpened> {
         remote_addr: next(&mut rest)?,
         first_ns: u64::from_ne_bytes(next(&mut rest)?),
         bytes: u32::from_ne_bytes(next(&mut rest)?),
-        payload: u32::from_ne_bytes(next(&mut rest)?),
+        header_bytes: u16::from_ne_bytes(next(&mut rest)?),
+        packets: u16::from_ne_bytes(next(&mut rest)?),
         ifindex: u32::from_ne_bytes(next(&mut rest)?),
         local_port: u16::from_ne_bytes(next(&mut rest)?),
         remote_port: u16::from_ne_bytes(next(&mut rest)?),
@@ -183,6 +211,8 @@ fn next<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
 
 #[cfg(test)]
 mod tests {
+    use netmon_common::abi::STORED;
+
     use super::*;
 
     #[test]
@@ -193,7 +223,11 @@ mod tests {
         assert_eq!(record.remote_addr[0], 16);
         assert_eq!(record.first_ns.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, first_ns) as u8);
         assert_eq!(record.bytes.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, bytes) as u8);
-        assert_eq!(record.payload.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, payload) as u8);
+        assert_eq!(
+            record.header_bytes.to_ne_bytes()[0],
+            std::mem::offset_of!(FlowOpened, header_bytes) as u8
+        );
+        assert_eq!(record.packets.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, packets) as u8);
         assert_eq!(record.ifindex.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, ifindex) as u8);
         assert_eq!(record.local_port.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, local_port) as u8);
         assert_eq!(record.label.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, label) as u8);
@@ -209,6 +243,29 @@ mod tests {
     }
 
     #[test]
+    fn only_a_record_without_an_entry_in_the_table_stands_for_its_packet() {
+        let mut record = flow_opened(&[7; 64]).unwrap();
+        record.family = 6;
+        for stored in [0, STORED, 4, 255] {
+            record.stored = stored;
+            assert_eq!(FlowReading::unstored(&record), None);
+        }
+        record.stored = NOT_STORED_TX;
+        let sent = FlowReading::unstored(&record).unwrap().state;
+        record.stored = NOT_STORED_RX;
+        let received = FlowReading::unstored(&record).unwrap().state;
+        let counted = (record.packets.into(), record.bytes.into(), record.payload().into());
+        assert_eq!((sent.tx_packets, sent.tx_bytes, sent.tx_payload), counted);
+        assert_eq!((received.rx_packets, received.rx_bytes, received.rx_payload), counted);
+        assert_eq!((sent.rx_packets, sent.rx_bytes, sent.rx_payload), (0, 0, 0));
+        assert_eq!((received.tx_packets, received.tx_bytes, received.tx_payload), (0, 0, 0));
+        assert_eq!(
+            (sent.first_ns, sent.burst_ns, sent.last_ns),
+            (record.first_ns, sent.first_ns, sent.first_ns)
+        );
+    }
+
+    #[test]
     fn a_record_of_an_unknown_family_names_no_flow() {
         let mut bytes = [0; 64];
         bytes[58] = 4;
@@ -218,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapped_address_stays_apart_but_reads_as_ipv4() {
+    fn a_mapped_address_stays_apart_from_the_ipv4_address() {
         let mut key = Flow6Key {
             local_addr: [0; 16],
             remote_addr: [0; 16],
@@ -230,6 +287,5 @@ mod tests {
         key.remote_addr[10..].copy_from_slice(&[0xff, 0xff, 192, 0, 2, 1]);
         let flow = FlowId::from(&key);
         assert!(flow.remote.is_ipv6());
-        assert_eq!(flow.remote_ip().to_string(), "192.0.2.1");
     }
 }

@@ -4,7 +4,8 @@
 //! of a full table takes some milliseconds). Names of maps and programs, and what they mean: docs/bpftool.md and
 //! [`netmon_common::abi`].
 //!
-//! Attachments are not pinned: they end with the process, however it ends. Maps and programs are pinned for
+//! Attachments are not pinned: they end with the process, however it ends (clsact filters of a killed agent excepted,
+//! which the next start replaces). Maps and programs are pinned for
 //! `bpftool` alone; the pins of an agent that died are removed at the next start. Two agents must not run at once
 //! on one PC (both would count, and the second removes the pins of the first): the caller holds a lock file.
 
@@ -123,9 +124,12 @@ impl Default for Sizes {
 const TC_PROGRAMS: [&str; 4] =
     [programs::TC_INGRESS, programs::TC_EGRESS, programs::TC_L3_INGRESS, programs::TC_L3_EGRESS];
 
-/// The loaded programs and their maps.
+/// The loaded programs and their maps. Dropping it does what [`Kernel::shutdown`] does, and logs failures: an agent
+/// whose start fails leaves nothing behind.
 pub struct Kernel {
     options: LoadOptions,
+    /// The pins and their directory are there.
+    pinned: bool,
     attached: BTreeMap<u32, attach::Attached>,
     /// False once the kernel has said that it has no TCX.
     tcx: bool,
@@ -163,7 +167,7 @@ impl Kernel {
     /// Nothing is attached yet, and the tries are empty: [`Self::set_prefixes`] comes next, then [`Self::attach`].
     ///
     /// # Errors
-    /// [`KernelError`], each variant with what to do. Nothing stays behind but perhaps an empty pin directory.
+    /// [`KernelError`], each variant with what to do. Nothing stays behind.
     pub fn load(options: LoadOptions) -> Result<Self, KernelError> {
         preflight::check()?;
         preflight::prepare_pin_directory(&options.pin_dir)?;
@@ -171,7 +175,7 @@ impl Kernel {
         let directory = options.pin_dir.clone();
         Self::load_and_pin(options).inspect_err(|_| {
             // The first error is the one to report; what is left over goes at the next start.
-            let _ = preflight::remove_pins(&directory);
+            let _ = remove_directory(&directory);
         })
     }
 
@@ -223,6 +227,7 @@ impl Kernel {
         Ok(Self {
             tcx: options.tc == TcKind::Best,
             options,
+            pinned: true,
             attached: BTreeMap::new(),
             ebpf,
             tables,
@@ -261,6 +266,38 @@ impl Kernel {
             Some(attached) => attached.detach().map(|()| true),
             None => Ok(false),
         }
+    }
+
+    /// Asks the kernel whether every attachment is still there, and returns the indexes of the interfaces where one
+    /// was taken away by someone else (`bpftool link detach`, `tc qdisc del`, another program in XDP's place). These
+    /// are not watched any more: what was left of ours is removed, and [`Self::attach`] may be called again.
+    ///
+    /// An interface that has gone is not among them: the list of interfaces tells that, and it stays attached until
+    /// [`Self::detach`]. Two or three questions for each interface, some ten microseconds each. A question that the
+    /// kernel does not answer is logged, and its interface counts as watched.
+    pub fn verify(&mut self) -> Vec<u32> {
+        let mut lost = Vec::new();
+        for (ifindex, attached) in &self.attached {
+            match attached.is_complete() {
+                Ok(true) => {}
+                Ok(false) => lost.push(*ifindex),
+                Err(error) => {
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "cannot tell whether an interface is still watched"
+                    );
+                }
+            }
+        }
+        for ifindex in &lost {
+            if let Err(error) = self.detach(*ifindex) {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot remove the rest of a lost attachment"
+                );
+            }
+        }
+        lost
     }
 
     /// The watched interfaces by index, with their names when they were attached and their hooks.
@@ -355,20 +392,33 @@ impl Kernel {
         self.refused_records
     }
 
-    /// Detaches everything, removes what attaching has added, and removes the pins and their directory.
-    ///
-    /// Dropping a `Kernel` detaches as well, but leaves the pins and an empty clsact qdisc behind, as a killed agent
-    /// does.
+    /// Detaches everything, removes what attaching has added, and removes the pins and their directory. Dropping does
+    /// the same, but cannot tell what failed. Both work in the namespaces of the calling thread.
     ///
     /// # Errors
     /// The first failure; the rest is tried nevertheless.
-    pub fn shutdown(self) -> Result<(), KernelError> {
-        let Self { attached, options, .. } = self;
+    pub fn shutdown(mut self) -> Result<(), KernelError> {
+        self.leave()
+    }
+
+    /// A second call finds nothing to do.
+    fn leave(&mut self) -> Result<(), KernelError> {
         let mut result = Ok(());
-        for (_, attached) in attached {
+        for (_, attached) in std::mem::take(&mut self.attached) {
             result = result.and(attached.detach());
         }
-        result.and(remove_directory(&options.pin_dir))
+        if std::mem::take(&mut self.pinned) {
+            result = result.and(remove_directory(&self.options.pin_dir));
+        }
+        result
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        if let Err(error) = self.leave() {
+            tracing::error!(error = &error as &dyn std::error::Error, "cannot leave the kernel as it was");
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The three questions to rtnetlink that attaching needs. Asked in the network namespace of the calling thread.
+//! The questions to rtnetlink that attaching needs. Asked in the network namespace of the calling thread.
 
 use std::io;
 
@@ -7,8 +7,8 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    link::{LinkAttribute, LinkMessage},
-    tc::{TcHandle, TcMessage},
+    link::{LinkAttribute, LinkMessage, LinkXdp},
+    tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
@@ -28,6 +28,8 @@ pub(super) struct Link {
     pub name: String,
     /// `ARPHRD_` number.
     pub link_type: u16,
+    /// Kernel's numbers of the XDP programs that hang on it.
+    pub xdp: Vec<u32>,
 }
 
 /// Looks an interface up by its index.
@@ -46,23 +48,60 @@ pub(super) fn link(ifindex: u32) -> Result<Link, KernelError> {
         .into_iter()
         .find_map(|answer| match answer {
             RouteNetlinkMessage::NewLink(link) if link.header.index == ifindex => {
-                let name = link.attributes.into_iter().find_map(|attribute| match attribute {
-                    LinkAttribute::IfName(name) => Some(name),
-                    _ => None,
-                })?;
-                Some(Link { name, link_type: link.header.link_layer_type.into() })
+                let (mut name, mut xdp) = (None, Vec::new());
+                for attribute in link.attributes {
+                    match attribute {
+                        LinkAttribute::IfName(found) => name = Some(found),
+                        LinkAttribute::Xdp(found) => xdp.extend(found.iter().filter_map(xdp_program)),
+                        _ => {}
+                    }
+                }
+                Some(Link { name: name?, link_type: link.header.link_layer_type.into(), xdp })
             }
             _ => None,
         })
         .ok_or(KernelError::NoSuchInterface { ifindex })
 }
 
+fn xdp_program(attribute: &LinkXdp) -> Option<u32> {
+    match attribute {
+        LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) | LinkXdp::HwProgId(id) => {
+            Some(*id)
+        }
+        _ => None,
+    }
+}
+
+/// Kernel's numbers of the programs in the clsact filters of an interface; none when it has no such qdisc.
+pub(super) fn filters(ifindex: u32, egress: bool) -> Result<Vec<u32>, KernelError> {
+    let parent = if egress { CLSACT_EGRESS } else { CLSACT_INGRESS };
+    let answers = match ask(RouteNetlinkMessage::GetTrafficFilter(tc(ifindex, parent)), NLM_F_DUMP) {
+        Err(error) if gone(&error) => Vec::new(),
+        answers => answers.map_err(|source| KernelError::Netlink { action: "list the filters", source })?,
+    };
+    let mut programs = Vec::new();
+    for answer in answers {
+        let RouteNetlinkMessage::NewTrafficFilter(filter) = answer else { continue };
+        for attribute in filter.attributes {
+            let TcAttribute::Options(options) = attribute else { continue };
+            programs.extend(options.iter().filter_map(|option| match option {
+                TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
+                _ => None,
+            }));
+        }
+    }
+    Ok(programs)
+}
+
+/// The interface or its clsact qdisc is not there (any more).
+fn gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOENT | libc::EINVAL))
+}
+
 /// Removes the clsact qdisc of an interface when no filter hangs on it. An interface that has gone, or has no such
 /// qdisc any more, is fine.
 pub(super) fn remove_empty_clsact(ifindex: u32) -> Result<(), KernelError> {
     let failed = |source| KernelError::Netlink { action: "remove the clsact qdisc", source };
-    let gone =
-        |error: &io::Error| matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOENT | libc::EINVAL));
     for parent in [CLSACT_INGRESS, CLSACT_EGRESS] {
         match ask(RouteNetlinkMessage::GetTrafficFilter(tc(ifindex, parent)), NLM_F_DUMP) {
             Ok(answers) if answers.is_empty() => {}

@@ -202,7 +202,7 @@ fn both_directions_of_a_connection_are_one_flow() {
     assert_eq!(opened.len(), 1, "one record a flow");
     let record = opened[0];
     assert_eq!(netmon_agent::kernel::FlowId::of(&record), Some(flow));
-    assert_eq!((record.first_ns, record.bytes, record.payload), (state.first_ns, 40, 0));
+    assert_eq!((record.first_ns, record.bytes, record.payload()), (state.first_ns, 40, 0));
     assert_eq!((record.class, record.opened, record.stored), (CLASS_INTERNET, OPENED_HERE, STORED));
 }
 

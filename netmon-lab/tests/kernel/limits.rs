@@ -5,7 +5,10 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use netmon_agent::kernel::{FlowReading, Kernel, KernelError, Sizes};
-use netmon_common::abi::{Flow4Key, FlowState, NOT_STORED, SILENCE_NS, STORED, maps, programs};
+use netmon_common::abi::{
+    CLASS_INTERNET, Flow4Key, FlowState, NOT_STORED_RX, NOT_STORED_TX, OPENED_HERE, SILENCE_NS, STORED, maps,
+    programs,
+};
 
 use crate::{
     frames::*,
@@ -23,7 +26,7 @@ fn flows_beyond_the_table_are_counted_as_refused_and_announced_as_not_stored() {
     assert_eq!((stats.counted_bytes, stats.table_full_bytes), (8 * 38, 4 * 38));
     assert_eq!(bench.flows().len(), 8);
     let stored: Vec<_> = bench.opened().iter().map(|record| record.stored).collect();
-    assert_eq!(stored, [[STORED; 8].as_slice(), &[NOT_STORED; 4]].concat());
+    assert_eq!(stored, [[STORED; 8].as_slice(), &[NOT_STORED_TX; 4]].concat());
 
     // A flow that is in the table goes on being counted, and room that is made is used.
     bench.send(&udp_out(1000, 53, b"0123456789"));
@@ -59,7 +62,40 @@ fn flows_outside_the_table_leave_half_of_the_ring_to_the_others() {
     }
     let opened = bench.opened().len() as u64;
     assert!((28..=30).contains(&opened), "{opened}");
-    assert_eq!(bench.stats().ring_full, 200 - opened);
+    let stats = bench.stats();
+    assert_eq!((stats.table_full, stats.ring_full), (199, 0), "a frame is lost once");
+}
+
+#[test]
+fn a_packet_of_a_flow_outside_the_table_is_told_with_its_direction_and_counts() {
+    let mut bench = Bench::with(|options| options.sizes = Sizes { flows: 1, ..Sizes::default() });
+    bench.send(&udp_out(1, 2, b""));
+    bench.send(&udp_out(1000, 53, b"0123456789"));
+    bench.receive(&udp_in(53, 1000, b"0123"));
+    bench.receive(&tcp_in(SYN | ACK, b""));
+    let records = bench.opened();
+    let kinds: Vec<_> = records.iter().map(|record| record.stored).collect();
+    assert_eq!(kinds, [STORED, NOT_STORED_TX, NOT_STORED_RX, NOT_STORED_RX]);
+    assert_eq!(FlowReading::unstored(&records[0]), None, "it is in the table");
+
+    let [sent, received, answer] = [1, 2, 3].map(|n| FlowReading::unstored(&records[n]).unwrap());
+    assert_eq!(sent.flow, received.flow);
+    assert_eq!((sent.flow.local.port(), sent.flow.remote.port()), (1000, 53));
+    let counts = |state: &FlowState| {
+        let tx = (state.tx_packets, state.tx_bytes, state.tx_payload);
+        (tx, (state.rx_packets, state.rx_bytes, state.rx_payload))
+    };
+    assert_eq!(counts(&sent.state), ((1, 38, 10), (0, 0, 0)));
+    assert_eq!(counts(&received.state), ((0, 0, 0), (1, 32, 4)));
+    assert_eq!(counts(&answer.state), ((0, 0, 0), (1, 40, 0)));
+    assert_eq!((sent.state.class, sent.state.opened), (CLASS_INTERNET, OPENED_HERE));
+    assert_eq!(answer.state.opened, OPENED_HERE, "who opened the flow is not who sent the packet");
+    for reading in [sent, received, answer] {
+        assert!(reading.retired);
+        let FlowState { first_ns, burst_ns, last_ns, .. } = reading.state;
+        assert!(first_ns > 0 && first_ns == burst_ns && burst_ns == last_ns);
+    }
+    assert!(sent.state.first_ns < received.state.first_ns);
 }
 
 /// Makes a flow look as if its last packet had come earlier: waiting would take seconds.
@@ -199,12 +235,17 @@ fn pins_have_the_names_of_the_abi_and_the_directory_is_for_root_alone() {
 fn the_pins_of_an_agent_that_died_are_replaced_and_a_clean_end_removes_them() {
     let host = Host::new();
     let directory = host.options().pin_dir;
-    drop(host.load(host.options()));
+    host.load(host.options()).die();
     let left = directory.clone();
     assert!(host.run(move || left.join(maps::FLOWS4).exists()), "as after SIGKILL, pins are left");
     let kernel = host.load(host.options());
     assert_eq!(kernel.stats().unwrap().seen, 0);
-    host.run(move || kernel.shutdown().unwrap());
+    kernel.shutdown().unwrap();
+    let left = directory.clone();
+    assert!(!host.run(move || left.exists()));
+
+    // Neither does an agent that returns with an error leave anything.
+    drop(host.load(host.options()));
     assert!(!host.run(move || directory.exists()));
 }
 
@@ -229,8 +270,8 @@ fn too_many_prefixes_are_refused_before_anything_changes() {
 
 #[test]
 fn an_interface_that_is_not_there_is_named_by_its_index() {
-    let Bench { host, mut kernel } = Bench::new();
-    let error = host.run(move || kernel.attach(4_242)).unwrap_err();
+    let mut bench = Bench::new();
+    let error = bench.kernel.run(|kernel| kernel.attach(4_242)).unwrap_err();
     assert!(matches!(error, KernelError::NoSuchInterface { ifindex: 4_242 }), "{}", chain(&error));
 }
 

@@ -19,7 +19,7 @@ use netmon_common::{
     model::Hook,
 };
 
-use crate::rig::{Host, chain, eventually, flows, ip, sh, stats};
+use crate::rig::{Host, Loaded, chain, eventually, flows, ip, sh, stats};
 
 /// Two hosts with a cable between them: `a` 192.0.2.1 and 2001:db8::1, `b` …2. The interface is called `v`.
 struct Pair {
@@ -46,7 +46,7 @@ impl Pair {
     }
 
     /// Loads and attaches on both sides.
-    fn watch(&self, mode: Mode, tc: TcKind) -> (Kernel, Kernel, Hook) {
+    fn watch(&self, mode: Mode, tc: TcKind) -> (Loaded, Loaded, Hook) {
         let (a, hook) = watch(&self.a, mode, tc);
         let (b, _) = watch(&self.b, mode, tc);
         (a, b, hook)
@@ -92,21 +92,24 @@ impl Pair {
     }
 }
 
+/// No interface.
+const NONE: [u32; 0] = [];
 const DATAGRAMS: usize = 100;
 const REQUEST: usize = 3_000_000;
 const ANSWER: usize = 1_000_000;
 
-fn watch(host: &Host, mode: Mode, tc: TcKind) -> (Kernel, Hook) {
+fn watch(host: &Host, mode: Mode, tc: TcKind) -> (Loaded, Hook) {
     let mut options = host.options();
     (options.mode, options.tc) = (mode, tc);
     let mut kernel = host.load(options);
     let index = host.ifindex("v");
-    host.run(move || {
+    let hook = kernel.run(move |kernel| {
         let hook = kernel.attach(index).unwrap_or_else(|error| panic!("{}", chain(&error)));
         // A second time changes nothing, and above all it does not count twice.
         assert_eq!(kernel.attach(index).unwrap(), hook);
-        (kernel, hook)
-    })
+        hook
+    });
+    (kernel, hook)
 }
 
 /// Frames and bytes that the interface itself has counted, both directions.
@@ -264,8 +267,12 @@ fn a_clean_end_leaves_the_interface_as_it_was() {
         let before = state(&pair.a);
         let (kernel, _) = watch(&pair.a, mode, tc);
         assert_ne!(state(&pair.a), before);
-        pair.a.run(move || kernel.shutdown().unwrap());
+        kernel.shutdown().unwrap();
         assert_eq!(state(&pair.a), before);
+        let (kernel, _) = watch(&pair.a, mode, tc);
+        assert_ne!(state(&pair.a), before);
+        drop(kernel);
+        assert_eq!(state(&pair.a), before, "an agent that returns with an error");
     }
 }
 
@@ -275,7 +282,7 @@ fn a_clsact_qdisc_with_filters_of_others_stays() {
     let (kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Clsact);
     let options = TcAttachOptions::Netlink(NlOptions { priority: 2, ..NlOptions::default() });
     let _keep = pair.a.run(move || neighbour(options));
-    pair.a.run(move || kernel.shutdown().unwrap());
+    kernel.shutdown().unwrap();
     let filters = pair.a.run(|| sh("tc", "filter show dev v ingress"));
     assert!(filters.contains("pref 2 bpf") && !filters.contains("0x6e6d"), "{filters}");
 }
@@ -284,8 +291,7 @@ fn a_clsact_qdisc_with_filters_of_others_stays() {
 fn filters_of_an_agent_that_died_are_replaced_and_not_doubled() {
     let pair = Pair::new(65_535);
     let (dead, _) = watch(&pair.a, Mode::Tc, TcKind::Clsact);
-    // As SIGKILL does it: nothing detaches.
-    std::mem::forget(dead);
+    dead.die();
     let (kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Clsact);
     for direction in ["ingress", "egress"] {
         let filters = pair.a.run(move || sh("tc", &format!("filter show dev v {direction}")));
@@ -299,6 +305,74 @@ fn filters_of_an_agent_that_died_are_replaced_and_not_doubled() {
     });
 }
 
+/// Takes attachments away behind the agent's back, and expects that it notices, leaves nothing behind, and watches
+/// again when it is told to.
+fn a_lost_attachment_is_noticed(mode: Mode, tc: TcKind, expected: Hook, take: impl Fn(&Pair)) {
+    let pair = Pair::new(65_535);
+    let (mut kernel, hook) = watch(&pair.a, mode, tc);
+    assert_eq!(hook, expected);
+    pair.up();
+    let index = pair.a.ifindex("v");
+    assert_eq!(kernel.run(Kernel::verify), NONE, "all is in place");
+    assert_eq!(kernel.attached().count(), 1);
+
+    take(&pair);
+    assert_eq!(kernel.run(Kernel::verify), [index]);
+    assert_eq!(kernel.attached().count(), 0);
+    assert_eq!(kernel.run(Kernel::verify), NONE, "it is told once");
+    let attached = pair.a.run(|| {
+        let tcx = [TcAttachType::Ingress, TcAttachType::Egress]
+            .map(|direction| SchedClassifier::query_tcx("v", direction).unwrap().1.len());
+        (tcx, sh("tc", "qdisc show dev v").contains("clsact"), ip("link show dev v").contains("xdp"))
+    });
+    assert_eq!(attached, ([0, 0], false, false), "what was left of it is removed");
+
+    let again = kernel.run(move |kernel| (kernel.attach(index).unwrap(), kernel.verify()));
+    assert_eq!(again, (expected, vec![]));
+    let before = stats(&kernel).seen;
+    pair.a.run(|| UdpSocket::bind("192.0.2.1:0").unwrap().send_to(b"x", "192.0.2.2:7000").unwrap());
+    eventually(|| if stats(&kernel).seen > before { Ok(()) } else { Err("nothing was seen".into()) });
+}
+
+/// `bpftool link detach`, for the links of a program.
+fn detach_links(pair: &Pair, program: &'static str) {
+    let pin = pair.a.bpffs.join("netmon").join(program);
+    pair.a.run(move || {
+        let show = sh("bpftool", &format!("-j prog show pinned {}", pin.display()));
+        let program: serde_json::Value = serde_json::from_str(&show).unwrap();
+        let links: serde_json::Value = serde_json::from_str(&sh("bpftool", "-j link show")).unwrap();
+        let ours: Vec<_> =
+            links.as_array().unwrap().iter().filter(|link| link["prog_id"] == program["id"]).collect();
+        assert!(!ours.is_empty(), "{links}");
+        for link in ours {
+            sh("bpftool", &format!("link detach id {}", link["id"]));
+        }
+    });
+}
+
+#[test]
+fn a_tcx_link_that_was_detached_is_noticed() {
+    for program in [programs::TC_INGRESS, programs::TC_EGRESS] {
+        a_lost_attachment_is_noticed(Mode::Tc, TcKind::Best, Hook::Tcx, |pair| detach_links(pair, program));
+    }
+}
+
+#[test]
+fn a_clsact_qdisc_or_filter_that_was_removed_is_noticed() {
+    for command in ["qdisc del dev v clsact", "filter del dev v egress", "filter del dev v ingress pref 1"] {
+        a_lost_attachment_is_noticed(Mode::Tc, TcKind::Clsact, Hook::Clsact, |pair| {
+            pair.a.run(move || sh("tc", command));
+        });
+    }
+}
+
+#[test]
+fn an_xdp_link_that_was_detached_is_noticed() {
+    a_lost_attachment_is_noticed(Mode::Xdp, TcKind::Best, Hook::XdpTcx, |pair| {
+        detach_links(pair, programs::XDP_INGRESS);
+    });
+}
+
 #[test]
 fn an_interface_that_disappears_can_be_detached() {
     let pair = Pair::new(65_535);
@@ -308,16 +382,15 @@ fn an_interface_that_disappears_can_be_detached() {
         let mut options = pair.a.options();
         options.tc = tc;
         let mut kernel = pair.a.load(options);
-        let detached = pair.a.run(move || {
+        kernel.run(move |kernel| {
             kernel.attach(index).unwrap();
             ip("link del gone");
+            assert_eq!(kernel.verify(), NONE, "the list of interfaces tells that");
             assert_eq!(kernel.attached().count(), 1);
-            let detached = kernel.detach(index).unwrap();
+            assert!(kernel.detach(index).unwrap());
             assert!(!kernel.detach(index).unwrap());
-            kernel.shutdown().unwrap();
-            detached
         });
-        assert!(detached);
+        kernel.shutdown().unwrap();
     }
 }
 
@@ -330,7 +403,7 @@ fn an_interface_with_an_xdp_program_refuses_ours_with_a_word() {
     options.mode = Mode::Xdp;
     let mut second = pair.a.load(options);
     let index = pair.a.ifindex("v");
-    let error = pair.a.run(move || second.attach(index)).unwrap_err();
+    let error = second.run(move |kernel| kernel.attach(index)).unwrap_err();
     assert!(matches!(error, KernelError::XdpBusy { .. }), "{}", chain(&error));
 }
 

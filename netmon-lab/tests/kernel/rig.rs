@@ -12,7 +12,7 @@ use std::{
 
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp};
 use aya_obj::programs::XdpAttachType;
-use netmon_agent::kernel::{FlowId, FlowReading, Kernel, LoadOptions};
+use netmon_agent::kernel::{FlowId, FlowReading, Kernel, KernelError, LoadOptions};
 use netmon_common::abi::{FlowOpened, FlowState, Stats, programs};
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
@@ -82,8 +82,10 @@ impl Host {
         LoadOptions { pin_dir: self.bpffs.join("netmon"), ..LoadOptions::default() }
     }
 
-    pub fn load(&self, options: LoadOptions) -> Kernel {
-        self.run(move || Kernel::load(options)).unwrap_or_else(|error| panic!("{}", chain(&error)))
+    pub fn load(&self, options: LoadOptions) -> Loaded {
+        let kernel =
+            self.run(move || Kernel::load(options)).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        Loaded { kernel: Some(kernel), jobs: self.jobs.clone().unwrap() }
     }
 
     pub fn ifindex(&self, name: &str) -> u32 {
@@ -99,6 +101,76 @@ impl Drop for Host {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// A `Kernel` that attaches and ends in its host's namespaces, whoever holds it. Must not outlive its host.
+pub struct Loaded {
+    kernel: Option<Kernel>,
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Loaded {
+    /// Does something with it in its host.
+    pub fn run<R: Send + 'static>(&mut self, job: impl FnOnce(&mut Kernel) -> R + Send + 'static) -> R {
+        let mut kernel = self.kernel.take().unwrap();
+        let (result, wait) = mpsc::channel();
+        self.send(move || {
+            let answer = job(&mut kernel);
+            let _ = result.send((kernel, answer));
+        });
+        let (kernel, answer) = wait.recv().expect("the job in the host panicked");
+        self.kernel = Some(kernel);
+        answer
+    }
+
+    /// A clean end.
+    pub fn shutdown(mut self) -> Result<(), KernelError> {
+        let kernel = self.kernel.take().unwrap();
+        let (result, wait) = mpsc::channel();
+        self.send(move || {
+            let _ = result.send(kernel.shutdown());
+        });
+        wait.recv().expect("the job in the host panicked")
+    }
+
+    /// As SIGKILL does it to clsact filters and pins: nothing is taken away.
+    pub fn die(mut self) {
+        std::mem::forget(self.kernel.take());
+    }
+
+    fn send(&self, job: impl FnOnce() + Send + 'static) {
+        if let Err(unsent) = self.jobs.send(Box::new(job)) {
+            // Dropping it here would take away what stands in the namespaces of this thread.
+            std::mem::forget(unsent);
+        }
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        let Some(kernel) = self.kernel.take() else { return };
+        let (result, wait) = mpsc::channel();
+        self.send(move || {
+            drop(kernel);
+            let _ = result.send(());
+        });
+        // A host whose job has panicked ends without an answer.
+        let _ = wait.recv();
+    }
+}
+
+impl std::ops::Deref for Loaded {
+    type Target = Kernel;
+
+    fn deref(&self) -> &Kernel {
+        self.kernel.as_ref().unwrap()
+    }
+}
+
+impl std::ops::DerefMut for Loaded {
+    fn deref_mut(&mut self) -> &mut Kernel {
+        self.kernel.as_mut().unwrap()
     }
 }
 
@@ -139,8 +211,9 @@ pub fn eventually<T>(mut ask: impl FnMut() -> Result<T, String>) -> T {
 
 /// The programs, run by `BPF_PROG_TEST_RUN` on frames that the test makes.
 pub struct Bench {
+    // First: it ends before its host.
+    pub kernel: Loaded,
     pub host: Host,
-    pub kernel: Kernel,
 }
 
 /// Every entry point for Ethernet frames: name, direction, verdict "go on".
@@ -160,7 +233,7 @@ impl Bench {
         let mut options = host.options();
         change(&mut options);
         let kernel = host.load(options);
-        Self { host, kernel }
+        Self { kernel, host }
     }
 
     pub fn pin(&self, name: &str) -> PathBuf {
