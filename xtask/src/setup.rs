@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 use crate::{ebpf, sh};
 
 /// Debian packages that building and running takes, beside what [`ebpf`] installs.
-const BUILD: [&str; 3] = ["gcc", "pkg-config", "libudev-dev"];
+const BUILD: [&str; 4] = ["gcc", "libc6-dev", "pkg-config", "libudev-dev"];
 /// Debian packages that the lab and the privileged tests take.
-const LAB: [&str; 5] = ["iproute2", "util-linux", "bpftool", "curl", "procps"];
+const LAB: [&str; 4] = ["iproute2", "util-linux", "bpftool", "procps"];
 
 /// Everything to build netmon: packages, the eBPF linker, the eBPF object.
 pub fn build() -> Result<()> {
