@@ -13,10 +13,12 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{ebpf_sources, sh};
 
-/// The version that `--install` builds, and the LLVM it is built with. The linker's LLVM must not be older than
-/// the compiler's.
+/// The one version that is used, and the LLVM that `--install` builds it with. The linker's LLVM must not be older
+/// than the compiler's.
 const LINKER_VERSION: &str = "0.13.0";
 const LLVM: &str = "22";
+/// The oldest compiler that takes netmon's sources: `rust-version` of the workspace.
+const OLDEST: &str = env!("CARGO_PKG_RUST_VERSION");
 const TARGET: &str = "bpfel-unknown-none";
 
 /// Debian's compiler and the sources of the very same version.
@@ -47,20 +49,22 @@ pub fn build(options: &Options) -> Result<()> {
         Some(compiler) => compiler,
         None if options.install => {
             sh::ensure_packages(&DEBIAN_PACKAGES)?;
-            Compiler::find().context("the packages are installed, but there is no compiler with sources")?
+            Compiler::find()
+                .with_context(|| format!("no usable compiler even with {}", DEBIAN_PACKAGES.join(" ")))?
         }
         None => bail!(
-            "no compiler that can build for BPF: `core`'s sources are missing. Install either\n  \
+            "no compiler that can build for BPF: Rust {OLDEST} or later, with `core`'s sources and LLVM {LLVM} or \
+             older. Install either\n  \
              rustup toolchain install nightly --component rust-src\nor, on Debian as root,\n  \
              apt-get install {}\nor let `cargo xtask build-ebpf --install` do the latter",
             DEBIAN_PACKAGES.join(" ")
         ),
     };
-    let linker = match sh::find("bpf-linker") {
+    let linker = match sh::find_version("bpf-linker", LINKER_VERSION) {
         Some(linker) => linker,
         None if options.install => install_linker()?,
         None => bail!(
-            "bpf-linker is neither on PATH nor in target/tools/bin. Run `cargo xtask build-ebpf --install`, or\n  {}",
+            "bpf-linker {LINKER_VERSION} is neither in target/tools/bin nor on PATH. Run `cargo xtask build-ebpf --install`, or\n  {}",
             linker_recipe()
         ),
     };
@@ -113,17 +117,36 @@ impl std::fmt::Display for Compiler {
 }
 
 impl Compiler {
+    /// The first one that can be used; those that cannot are passed by, saying why.
     fn find() -> Option<Self> {
         let toolchains = sh::output(Command::new("rustup").args(["toolchain", "list"])).unwrap_or_default();
-        if toolchains.lines().any(|line| line.starts_with("nightly-")) {
-            let mut rustc = rustup_nightly("rustc");
-            if has_sources(&mut rustc) {
-                return Some(Self::Nightly);
+        let nightly = toolchains.lines().any(|line| line.starts_with("nightly-")).then_some(Self::Nightly);
+        let debian = PathBuf::from("/usr/bin/rustc");
+        let debian = debian.is_file().then_some(Self::Debian(debian));
+        nightly.into_iter().chain(debian).find(|compiler| match compiler.unusable() {
+            Some(reason) => {
+                eprintln!("passing by {compiler}: {reason}");
+                false
             }
-            eprintln!("rustup's nightly has no rust-src; looking at Debian's compiler");
+            None => true,
+        })
+    }
+
+    /// Why this one cannot be used.
+    fn unusable(&self) -> Option<String> {
+        let has_sources = sh::output(self.rustc().args(["--print", "sysroot"]))
+            .is_some_and(|sysroot| Path::new(&sysroot).join("lib/rustlib/src/rust/library/core").is_dir());
+        if !has_sources {
+            return Some("it has no `core` sources (component rust-src)".to_owned());
         }
-        let rustc = PathBuf::from("/usr/bin/rustc");
-        has_sources(&mut Command::new(&rustc)).then_some(Self::Debian(rustc))
+        unfit(&sh::output(self.rustc().arg("-vV")).unwrap_or_default())
+    }
+
+    fn rustc(&self) -> Command {
+        match self {
+            Self::Nightly => rustup_nightly("rustc"),
+            Self::Debian(rustc) => Command::new(rustc),
+        }
     }
 
     fn cargo(&self) -> Command {
@@ -149,9 +172,28 @@ fn rustup_nightly(program: &str) -> Command {
     command
 }
 
-fn has_sources(rustc: &mut Command) -> bool {
-    sh::output(rustc.args(["--print", "sysroot"]))
-        .is_some_and(|sysroot| Path::new(&sysroot).join("lib/rustlib/src/rust/library/core").is_dir())
+/// Why a compiler that says this on `rustc -vV` cannot be used: it is too old for the sources, or its bitcode too
+/// new for the linker.
+fn unfit(verbose_version: &str) -> Option<String> {
+    let field = |name: &str| verbose_version.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let (Some(release), Some(llvm)) = (field("release:"), field("LLVM version:")) else {
+        return Some(format!("`rustc -vV` does not say its versions: {verbose_version:?}"));
+    };
+    if numbers(release) < numbers(OLDEST) {
+        return Some(format!("it is Rust {release}, and netmon needs {OLDEST}"));
+    }
+    if numbers(llvm).first() > numbers(LLVM).first() {
+        return Some(format!(
+            "its LLVM {llvm} is newer than the linker's (bpf-linker {LINKER_VERSION}: {LLVM})"
+        ));
+    }
+    None
+}
+
+/// `1.97.0-nightly` as 1, 97, 0.
+fn numbers(version: &str) -> Vec<u32> {
+    let release = version.split('-').next().unwrap_or_default();
+    release.split('.').map_while(|number| number.parse().ok()).collect()
 }
 
 /// Flags in cargo's own encoding (separated by U+001F), so that paths with blanks survive.
@@ -176,7 +218,7 @@ fn install_linker() -> Result<PathBuf> {
         .env("LLVM_PREFIX", &prefix)
         .env(format!("LLVM_SYS_{LLVM}1_PREFIX"), &prefix);
     sh::run(&mut cargo)?;
-    sh::find("bpf-linker").context("bpf-linker is installed, but not found")
+    sh::find_version("bpf-linker", LINKER_VERSION).context("bpf-linker is installed, but not found")
 }
 
 fn linker_recipe() -> String {
@@ -185,4 +227,31 @@ fn linker_recipe() -> String {
          LLVM_PREFIX=/usr/lib/llvm-{LLVM} LLVM_SYS_{LLVM}1_PREFIX=/usr/lib/llvm-{LLVM} cargo install bpf-linker \
          --version {LINKER_VERSION} --locked --no-default-features --features llvm-{LLVM} --root target/tools"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verbose(release: &str, llvm: &str) -> String {
+        format!(
+            "rustc {release}\nbinary: rustc\nhost: x86_64-unknown-linux-gnu\nrelease: {release}\nLLVM version: {llvm}"
+        )
+    }
+
+    #[test]
+    fn a_compiler_with_newer_bitcode_than_the_linker_reads_is_passed_by() {
+        assert_eq!(unfit(&verbose("1.97.0-nightly", "22.1.8")), None);
+        assert_eq!(unfit(&verbose("1.96.0", "21.1.0")), None);
+        let reason = unfit(&verbose("1.99.0-nightly", "23.0.0")).unwrap();
+        assert!(reason.contains("LLVM 23.0.0 is newer"), "{reason}");
+    }
+
+    #[test]
+    fn a_compiler_that_is_too_old_is_passed_by() {
+        assert_eq!(unfit(&verbose(OLDEST, "22.1.2")), None);
+        let reason = unfit(&verbose("1.63.0", "14.0.6")).unwrap();
+        assert!(reason.contains("it is Rust 1.63.0"), "{reason}");
+        assert!(unfit("").is_some());
+    }
 }

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 use crate::{ebpf, sh};
 
 /// Debian packages that building and running takes, beside what [`ebpf`] installs.
-const BUILD: [&str; 3] = ["gcc", "pkg-config", "libudev-dev"];
+const BUILD: [&str; 4] = ["gcc", "libc6-dev", "pkg-config", "libudev-dev"];
 /// Debian packages that the lab and the privileged tests take.
-const LAB: [&str; 5] = ["iproute2", "util-linux", "bpftool", "curl", "procps"];
+const LAB: [&str; 4] = ["iproute2", "util-linux", "bpftool", "procps"];
 
 /// Everything to build netmon: packages, the eBPF linker, the eBPF object.
 pub fn build() -> Result<()> {
@@ -31,14 +31,14 @@ pub fn require_root(what: &str) -> Result<()> {
     Ok(())
 }
 
-/// A tool from crates.io, installed for this workspace alone when it is missing.
+/// A tool from crates.io in exactly this version, installed for this workspace alone when it is missing.
 pub fn cargo_tool(name: &str, version: &str) -> Result<PathBuf> {
-    if let Some(tool) = sh::find(name) {
+    if let Some(tool) = sh::find_version(name, version) {
         return Ok(tool);
     }
     eprintln!("installing {name} {version} into {}", sh::tools().display());
     let mut install = Command::new("cargo");
     install.args(["install", name, "--version", version, "--locked", "--root"]).arg(sh::tools());
     sh::run(&mut install)?;
-    sh::find(name).with_context(|| format!("{name} was installed, but is not there"))
+    sh::find_version(name, version).with_context(|| format!("{name} was installed, but is not there"))
 }

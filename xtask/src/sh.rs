@@ -41,10 +41,34 @@ pub fn output(command: &mut Command) -> Option<String> {
 
 /// Looks for a program in `target/tools/bin`, then on `PATH`.
 pub fn find(program: &str) -> Option<PathBuf> {
+    candidates(program).next()
+}
+
+/// As [`find`], but takes only a program whose `--version` says this version; others are passed by, saying so.
+pub fn find_version(program: &str, version: &str) -> Option<PathBuf> {
+    candidates(program).find(|candidate| {
+        let said = output(Command::new(candidate).arg("--version")).unwrap_or_default();
+        let fits = says_version(&said, version);
+        if !fits {
+            eprintln!("passing by {}: its version is {said:?}, not {version}", candidate.display());
+        }
+        fits
+    })
+}
+
+fn candidates(program: &str) -> impl Iterator<Item = PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let mut directories = vec![tools().join("bin")];
     directories.extend(env::split_paths(&path));
-    directories.into_iter().map(|directory| directory.join(program)).find(|candidate| candidate.is_file())
+    directories
+        .into_iter()
+        .map(move |directory| directory.join(program))
+        .filter(|candidate| candidate.is_file())
+}
+
+/// `said` is what `--version` prints: the program's name, the version, and perhaps more.
+fn says_version(said: &str, version: &str) -> bool {
+    said.split_whitespace().nth(1) == Some(version)
 }
 
 /// Installs those of the Debian packages that are missing, saying so.
@@ -91,4 +115,18 @@ pub fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
 fn shown(command: &Command) -> String {
     let words = [command.get_program()].into_iter().chain(command.get_args());
     words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_very_version_counts() {
+        assert!(says_version("bpf-linker 0.13.0", "0.13.0"));
+        assert!(says_version("cargo-deny 0.20.2 (0123abc 2026-01-01)", "0.20.2"));
+        for other in ["bpf-linker 0.13.1", "bpf-linker 0.13.0-rc1", "bpf-linker 10.13.0", "0.13.0", ""] {
+            assert!(!says_version(other, "0.13.0"), "{other}");
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -54,9 +54,8 @@ pub fn run(options: &Options) -> Result<()> {
         }
     };
     // The agent first: its last records still reach the server.
-    let [agent, server, follow] = running;
     println!("\nstopping");
-    for part in [agent, server, follow] {
+    for part in &mut running {
         part.stop()?;
     }
     if Path::new("/sys/fs/bpf/netmon").exists() {
@@ -108,9 +107,7 @@ impl Place {
     }
 
     fn start_server(&self) -> Result<Running> {
-        if !self.root.join("server").exists() {
-            sh::run(self.server().arg("init"))?;
-        }
+        sh::run(self.server().args(["init", "--if-needed"]))?;
         let log = self.root.join("server.log");
         let mut command = self.server();
         command.args(["run", "--listen", "127.0.0.1:7443", "--enroll-listen", "127.0.0.1:7444"]);
@@ -122,7 +119,8 @@ impl Place {
     }
 
     fn enroll(&self) -> Result<()> {
-        if self.root.join("state/identity").exists() {
+        // The directory alone says nothing: an enrolment that was refused leaves one, too.
+        if self.root.join("state/identity/current").exists() {
             return Ok(());
         }
         let token = sh::output(self.server().args(["token", "--address", "127.0.0.1:7444", "--raw"]))
@@ -189,7 +187,6 @@ impl Running {
             }
             std::thread::sleep(STEP);
         }
-        kill_process(pid(&self.child)?, Signal::TERM)?;
         bail!("after {} s it is not true that the {} {what}: see {}", PATIENCE / 20, self.name, log.display())
     }
 
@@ -198,12 +195,32 @@ impl Running {
         Some(format!("the {} ended on its own: {status}", self.name))
     }
 
-    fn stop(mut self) -> Result<ExitStatus> {
-        if let Some(status) = self.child.try_wait()? {
-            return Ok(status);
+    /// Asks it to end and waits; one that does not listen is killed.
+    fn stop(&mut self) -> Result<()> {
+        const STEP: Duration = Duration::from_millis(50);
+        const PATIENCE: u32 = 400;
+        if self.child.try_wait()?.is_some() {
+            return Ok(());
         }
         kill_process(pid(&self.child)?, Signal::TERM)?;
-        Ok(self.child.wait()?)
+        for _ in 0..PATIENCE {
+            if self.child.try_wait()?.is_some() {
+                return Ok(());
+            }
+            std::thread::sleep(STEP);
+        }
+        self.child.kill()?;
+        self.child.wait()?;
+        bail!("the {} did not end within {} s of SIGTERM and was killed", self.name, PATIENCE / 20)
+    }
+}
+
+/// Nothing stays behind when a later step fails: a server that runs on would keep the ports.
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            eprintln!("{error:#}");
+        }
     }
 }
 
