@@ -53,7 +53,8 @@ pub enum Command {
     Token(Token),
     /// List the agents: connected or last seen, newest record, backlog, gaps
     ///
-    /// BACKLOG: records that waited in the agent's spool at its last heartbeat. GAPS: records that never came.
+    /// BACKLOG: records that waited in the agent's spool at its last heartbeat. GAPS: records that never
+    /// came, or another history of the PC that began (its spool was lost).
     Agents {
         /// As JSON, times in RFC 3339
         #[arg(long)]

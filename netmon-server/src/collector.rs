@@ -83,6 +83,9 @@ impl From<WireError> for End {
 
 impl From<Fault> for End {
     fn from(fault: Fault) -> Self {
+        if fault == Fault::Epochs {
+            return Self::Refused(fault.to_string());
+        }
         let cause = std::error::Error::source(&fault).map(|cause| format!(": {cause}")).unwrap_or_default();
         Self::Fault(format!("{fault}{cause}"))
     }

@@ -40,8 +40,10 @@ pub struct AgentSummary {
     pub backlog: Option<u64>,
     /// Holes in its history.
     pub gaps: u64,
-    /// Records in those; rounded above 2^53.
+    /// Records in those whose size is known; rounded above 2^53.
     pub gap_records: u64,
+    /// Those of unknown size: another history began.
+    pub restarts: u64,
 }
 
 /// A PC that wants to be an agent.
@@ -245,7 +247,8 @@ pub fn revoked_connections(conn: &Connection) -> rusqlite::Result<Vec<(AgentId, 
 /// All agents, in order of their labels.
 pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
     conn.prepare(
-        "SELECT a.*, count(g.n) AS gaps, total(g.to_seq - g.from_seq + 1) AS gap_records
+        "SELECT a.*, count(g.n) AS gaps, total(g.to_seq - g.from_seq + 1) AS gap_records,
+             total(g.from_seq > g.to_seq) AS restarts
          FROM agents a LEFT JOIN gaps g ON g.agent = a.id GROUP BY a.id ORDER BY a.seat",
     )?
     .query_map([], |row| {
@@ -260,6 +263,7 @@ pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
             gaps: row.get::<_, i64>("gaps")? as u64,
             // A float: an agent may name holes of any size, and the sum of integers would be an error.
             gap_records: row.get::<_, f64>("gap_records")? as u64,
+            restarts: row.get::<_, f64>("restarts")? as u64,
         })
     })?
     .collect()

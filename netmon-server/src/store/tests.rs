@@ -6,7 +6,7 @@ use jiff::tz::TimeZone;
 use netmon_common::model::{Event, Hook, Interface, Record};
 
 use super::*;
-use crate::ingest::{Checked, check};
+use crate::ingest::{Checked, Fault, check};
 use crate::tokens;
 
 const HOUR: i64 = 3_600_000_000_000;
@@ -145,23 +145,51 @@ fn a_hole_is_kept_with_its_size_and_moves_the_watermark() {
     room.append(agent, 7, 10..=10);
     let items = items_from(room.conn(), agent, 1, 100).unwrap();
     assert_eq!(items.iter().map(|item| item.n).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
-    assert_eq!(items[3].what, What::Gap { count: 6, since_ns: 3, noticed_ns: 99 });
+    assert_eq!(items[3].what, What::Gap { count: Some(6), since_ns: 3, noticed_ns: 99 });
     let summary = &summaries(room.conn()).unwrap()[0];
     assert_eq!((summary.gaps, summary.gap_records), (1, 6));
 }
 
 #[test]
-fn an_agent_that_names_absurd_holes_cannot_break_the_summary() {
+fn an_agent_that_names_absurd_holes_is_at_fault_and_nothing_is_kept() {
     let room = Fixture::new();
     let agent = room.agent("pc");
-    for epoch in 1..=3 {
-        let next = open_epoch(room.conn(), agent, epoch, i64::MAX as u64, 0).unwrap();
-        assert_eq!(next, Ok(i64::MAX as u64));
+    let fault = open_epoch(room.conn(), agent, 1, i64::MAX as u64, 0).unwrap();
+    assert_eq!(fault, Err(Fault::Hole(i64::MAX as u64 - 1)));
+    assert_eq!(summaries(room.conn()).unwrap()[0].gaps, 0);
+}
+
+#[test]
+fn another_history_is_a_gap_of_unknown_size_once() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    assert_eq!(open_epoch(room.conn(), agent, 7, 1, 50).unwrap(), Ok(1));
+    assert_eq!(open_epoch(room.conn(), agent, 7, 1, 51).unwrap(), Ok(1));
+    assert_eq!(summaries(room.conn()).unwrap()[0].gaps, 0, "the first history is none");
+    room.append(agent, 7, 1..=3);
+    for hello in 0..2 {
+        assert_eq!(open_epoch(room.conn(), agent, 8, 1, 99 + hello).unwrap(), Ok(1));
     }
+    assert_eq!(open_epoch(room.conn(), agent, 7, 4, 110).unwrap(), Ok(4), "the old one is known");
+    room.append(agent, 8, 1..=1);
+    let items = items_from(room.conn(), agent, 1, 100).unwrap();
+    assert_eq!(items.iter().map(|item| item.n).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+    assert_eq!(items[3].what, What::Gap { count: None, since_ns: 3, noticed_ns: 99 });
     let summary = &summaries(room.conn()).unwrap()[0];
-    assert_eq!(summary.gaps, 3);
-    assert!(summary.gap_records > i64::MAX as u64);
-    assert_eq!(items_from(room.conn(), agent, 1, 10).unwrap().len(), 3);
+    assert_eq!((summary.gaps, summary.gap_records, summary.restarts), (1, 0, 1));
+}
+
+#[test]
+fn an_agent_that_begins_histories_without_end_is_refused_for_a_while() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    for epoch in 0..=100 {
+        assert_eq!(open_epoch(room.conn(), agent, epoch, 1, 99).unwrap(), Ok(1));
+    }
+    assert_eq!(open_epoch(room.conn(), agent, 101, 1, 100).unwrap(), Err(Fault::Epochs));
+    assert_eq!(open_epoch(room.conn(), agent, 50, 1, 100).unwrap(), Ok(1), "the known ones go on");
+    assert_eq!(open_epoch(room.conn(), agent, 101, 1, 100 + HOUR).unwrap(), Ok(1));
+    assert_eq!(summaries(room.conn()).unwrap()[0].gaps, 101);
 }
 
 #[test]
