@@ -178,13 +178,22 @@ impl ServerCertVerifier for Pinned {
 }
 
 async fn connect(
+    config: rustls::ClientConfig,
+    alpn: &[u8],
+    address: SocketAddr,
+) -> Result<Connection, String> {
+    connect_from([127, 0, 0, 1], config, alpn, address).await
+}
+
+async fn connect_from(
+    from: [u8; 4],
     mut config: rustls::ClientConfig,
     alpn: &[u8],
     address: SocketAddr,
 ) -> Result<Connection, String> {
     config.alpn_protocols = vec![alpn.to_vec()];
     let config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).unwrap()));
-    let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let endpoint = Endpoint::client((from, 0).into()).unwrap();
     let connecting = endpoint.connect_with(config, address, SERVER_NAME).unwrap();
     patience(connecting).await.map_err(|error| error.to_string())
 }
@@ -263,7 +272,8 @@ impl Agent {
     }
 }
 
-pub async fn enrol_with(token: &str, hostname: &str, csr_der: Vec<u8>) -> Result<Reply, String> {
+/// A connection to the enrolment port that says nothing.
+pub async fn call_enrolment(token: &str, from: [u8; 4]) -> Result<Connection, String> {
     let token: Token = token.parse().unwrap();
     let config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -271,7 +281,12 @@ pub async fn enrol_with(token: &str, hostname: &str, csr_der: Vec<u8>) -> Result
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Pinned(token.ca_spki_sha256)))
         .with_no_client_auth();
-    let connection = connect(config, enroll::ALPN, token.address.parse().unwrap()).await?;
+    connect_from(from, config, enroll::ALPN, token.address.parse().unwrap()).await
+}
+
+pub async fn enrol_with(token: &str, hostname: &str, csr_der: Vec<u8>) -> Result<Reply, String> {
+    let connection = call_enrolment(token, [127, 0, 0, 1]).await?;
+    let token: Token = token.parse().unwrap();
     let (mut stream, mut answer) = patience(connection.open_bi()).await.map_err(|error| error.to_string())?;
     let request = Request {
         token_id: token.id,
