@@ -62,7 +62,8 @@ pub enum Command {
     },
     /// Take an agent off the allow-list; its history stays
     ///
-    /// A live connection is closed at once. The PC can enrol again with a new token.
+    /// A live connection is closed at once. The PC can enrol again with a new token. When a PC enrols that asks for the
+    /// label of a revoked agent, it gets it, and the revoked one is called LABEL-old from then on, its log too.
     Revoke {
         /// Label of the seat, or the start of the agent's UUID
         #[arg(value_name = "SEAT")]

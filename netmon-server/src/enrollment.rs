@@ -110,7 +110,11 @@ impl Enrollment {
         let key = AgentKey::from_request(&request.csr_der).map_err(|error| error.to_string())?;
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|_| "the server has no random numbers".to_owned())?;
-        let agent = uuid_from(random);
+        // A key that asks again (the reply was lost) keeps the number that it has.
+        let spki_sha256 = key.spki_sha256();
+        let known = self.writer.run(None, move |conn| store::agent_by_key(conn, &spki_sha256)).await;
+        let known = known.map_err(|error| error.to_string())?;
+        let agent = known.map_or_else(|| uuid_from(random), |known| known.uuid);
         let now_ns = clock::wall_ns();
         let now = Duration::from_nanos(u64::try_from(now_ns).unwrap_or_default());
         // Signed before the token is used up: a failure here costs the token nothing.
@@ -122,7 +126,7 @@ impl Enrollment {
             token_id: request.token_id,
             secret: request.secret,
             uuid: agent,
-            spki_sha256: key.spki_sha256(),
+            spki_sha256,
             hostname: request.hostname.as_bytes().to_vec(),
             wanted_seat: request.seat.as_bytes().to_vec(),
         };
@@ -130,13 +134,20 @@ impl Enrollment {
         let work = move |conn: &rusqlite::Connection| store::enrol(conn, &newcomer, now_ns, &zone);
         match self.writer.run(None, work).await.map_err(|error| error.to_string())? {
             Enrolled::Refused(reason) => Err(reason),
-            Enrolled::As { seat } => Ok(Granted {
-                agent,
-                certificate_der,
-                ca_der: self.ca.der().to_vec(),
-                event_port: self.event_port,
-                seat: Raw::new(seat),
-            }),
+            Enrolled::As { seat, renamed } => {
+                if renamed.is_some() {
+                    tracing::info!(seat, "a revoked agent's label goes to a newcomer");
+                    // Its log moves before the newcomer can connect and write one there.
+                    self.writer.run(renamed, |_| Ok(())).await.map_err(|error| error.to_string())?;
+                }
+                Ok(Granted {
+                    agent,
+                    certificate_der,
+                    ca_der: self.ca.der().to_vec(),
+                    event_port: self.event_port,
+                    seat: Raw::new(seat),
+                })
+            }
         }
     }
 }

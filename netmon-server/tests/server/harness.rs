@@ -218,6 +218,10 @@ async fn receive<T: DeserializeOwned>(stream: &mut RecvStream) -> Result<T, Stri
     patience(receive).await
 }
 
+pub fn signing_request(key: &KeyPair) -> Vec<u8> {
+    rcgen::CertificateParams::default().serialize_request(key).unwrap().der().to_vec()
+}
+
 /// An enrolled PC.
 pub struct Agent {
     key: KeyPair,
@@ -227,8 +231,11 @@ pub struct Agent {
 impl Agent {
     pub async fn enrol(token: &str, hostname: &str) -> Result<Self, String> {
         let key = KeyPair::generate().unwrap();
-        let csr = rcgen::CertificateParams::default().serialize_request(&key).unwrap();
-        match enrol_with(token, hostname, csr.der().to_vec()).await? {
+        Self::enrol_key(token, hostname, key).await
+    }
+
+    pub async fn enrol_key(token: &str, hostname: &str, key: KeyPair) -> Result<Self, String> {
+        match enrol_with(token, hostname, signing_request(&key)).await? {
             Reply::Granted(granted) => Ok(Self { key, granted }),
             Reply::Refused { reason } => Err(reason.escaped().to_string()),
         }
@@ -285,9 +292,19 @@ pub async fn call_enrolment(token: &str, from: [u8; 4]) -> Result<Connection, St
 }
 
 pub async fn enrol_with(token: &str, hostname: &str, csr_der: Vec<u8>) -> Result<Reply, String> {
+    let (_connection, mut answer) = request(token, hostname, csr_der).await?;
+    receive(&mut answer).await
+}
+
+/// Asks for enrolment and does not read the reply.
+pub async fn request(
+    token: &str,
+    hostname: &str,
+    csr_der: Vec<u8>,
+) -> Result<(Connection, RecvStream), String> {
     let connection = call_enrolment(token, [127, 0, 0, 1]).await?;
     let token: Token = token.parse().unwrap();
-    let (mut stream, mut answer) = patience(connection.open_bi()).await.map_err(|error| error.to_string())?;
+    let (mut stream, answer) = patience(connection.open_bi()).await.map_err(|error| error.to_string())?;
     let request = Request {
         token_id: token.id,
         secret: token.secret,
@@ -296,7 +313,7 @@ pub async fn enrol_with(token: &str, hostname: &str, csr_der: Vec<u8>) -> Result
         seat: "".into(),
     };
     send(&mut stream, &request).await?;
-    receive(&mut answer).await
+    Ok((connection, answer))
 }
 
 /// An agent's connection.
