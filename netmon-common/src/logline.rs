@@ -197,6 +197,9 @@ fn gap_sentence(gap: &Gap, zone: &TimeZone) -> String {
         GapReason::InterfaceNotWatched => ("an interface was not watched", ""),
         GapReason::TablesUnreadable => ("the kernel's tables could not be read", ""),
         GapReason::UsbDiskNotMeasured => ("a USB disk's reads and writes cannot be measured", "disks"),
+        GapReason::HistoryRestarted => {
+            ("another history of this PC begins, what it had not delivered before is unknown", "records")
+        }
     };
     let count = match gap.count {
         Some(count) => format!(", {count} {unit}"),

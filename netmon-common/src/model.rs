@@ -435,6 +435,9 @@ pub enum GapReason {
     TablesUnreadable,
     /// A USB disk is there whose I/O counters cannot be read. Count: disks.
     UsbDiskNotMeasured,
+    /// Found by the server: another history of this PC begins (its spool was lost, deleted, or could not be read).
+    /// What the one before had not delivered is unknown. Count: unknown.
+    HistoryRestarted,
 }
 
 /// The filter list (`ip.txt`).

@@ -53,7 +53,8 @@ pub enum Command {
     Token(Token),
     /// List the agents: connected or last seen, newest record, backlog, gaps
     ///
-    /// BACKLOG: records that waited in the agent's spool at its last heartbeat. GAPS: records that never came.
+    /// BACKLOG: records that waited in the agent's spool at its last heartbeat. GAPS: records that never
+    /// came, or another history of the PC that began (its spool was lost).
     Agents {
         /// As JSON, times in RFC 3339
         #[arg(long)]
@@ -61,7 +62,8 @@ pub enum Command {
     },
     /// Take an agent off the allow-list; its history stays
     ///
-    /// A live connection is closed at once. The PC can enrol again with a new token.
+    /// A live connection is closed at once. The PC can enrol again with a new token. When a PC enrols that asks for the
+    /// label of a revoked agent, it gets it, and the revoked one is called LABEL-old from then on, its log too.
     Revoke {
         /// Label of the seat, or the start of the agent's UUID
         #[arg(value_name = "SEAT")]

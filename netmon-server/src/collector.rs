@@ -15,17 +15,24 @@ use quinn::{Connection, ConnectionError, Endpoint, Incoming, RecvStream, SendStr
 use rustls::pki_types::CertificateDer;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
+use crate::admission::{Gate, Place};
 use crate::frames::{self, FrameError};
 use crate::ingest::{self, Fault};
 use crate::store::{self, Agent, AgentId, BatchOutcome};
-use crate::tls::{HANDSHAKE_TIME, shown};
+use crate::tls::{HANDSHAKE_TIME, escaped, shown};
 use crate::writer::{Unavailable, Writer};
 use crate::{ca, clock};
 
-/// Connections at once: forty rooms of a hundred PCs.
+/// Agents at once: forty rooms of a hundred PCs.
 const MAX_CONNECTIONS: usize = 4096;
+/// Handshakes at once, of peers that may be anybody: they take no agent's place.
+const MAX_HANDSHAKES: usize = 1024;
+/// Handshakes at once from one IP address: a PC has one, some more share an address.
+const MAX_HANDSHAKES_PER_ADDRESS: usize = 16;
+/// Refused connections that are not in the log yet are there after this time.
+pub(crate) const REFUSALS_TIME: Duration = Duration::from_secs(1);
 /// Hellos on one connection: one for each spool that an agent ever had, and no more holes than that.
 const MAX_HELLOS: u32 = 256;
 /// From the end of the handshake to the first hello.
@@ -83,6 +90,9 @@ impl From<WireError> for End {
 
 impl From<Fault> for End {
     fn from(fault: Fault) -> Self {
+        if fault == Fault::Epochs {
+            return Self::Refused(fault.to_string());
+        }
         let cause = std::error::Error::source(&fault).map(|cause| format!(": {cause}")).unwrap_or_default();
         Self::Fault(format!("{fault}{cause}"))
     }
@@ -115,17 +125,21 @@ impl Collector {
         mut stop: watch::Receiver<bool>,
         allow_list_changed: Arc<Notify>,
     ) {
+        let gate = Gate::new("events", MAX_HANDSHAKES_PER_ADDRESS, MAX_HANDSHAKES);
         let mut tasks = JoinSet::new();
         loop {
             let incoming = tokio::select! {
                 () = stopping(&mut stop) => break,
                 () = allow_list_changed.notified() => { self.close_revoked().await; continue }
                 Some(_) = tasks.join_next() => continue,
+                () = sleep(REFUSALS_TIME), if gate.has_unsaid() => { gate.say_refusals(clock::wall_ns()); continue }
                 incoming = endpoint.accept() => incoming,
             };
             let Some(incoming) = incoming else { break };
-            if let Some(incoming) = admit(incoming, tasks.len() < MAX_CONNECTIONS) {
-                tasks.spawn(self.clone().serve(incoming, stop.clone()));
+            // Whoever is not in a handshake is an agent.
+            let has_room = tasks.len() < MAX_CONNECTIONS + MAX_HANDSHAKES;
+            if let Some((incoming, place)) = gate.admit(incoming, has_room, clock::wall_ns()) {
+                tasks.spawn(self.clone().serve(incoming, place, stop.clone()));
             }
         }
         let ended = timeout(STOP_TIME, async { while tasks.join_next().await.is_some() {} }).await;
@@ -134,12 +148,14 @@ impl Collector {
         }
     }
 
-    async fn serve(self: Arc<Self>, incoming: Incoming, stop: watch::Receiver<bool>) {
+    async fn serve(self: Arc<Self>, incoming: Incoming, place: Place, stop: watch::Receiver<bool>) {
         let address = shown(incoming.remote_address());
         let Ok(connecting) = incoming.accept() else { return };
         let connection = match timeout(HANDSHAKE_TIME, connecting).await {
             Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return tracing::info!(%address, %error, "refused in the handshake"),
+            Ok(Err(error)) => {
+                return tracing::info!(%address, error = %escaped(error), "refused in the handshake");
+            }
             Err(_) => return tracing::info!(%address, "the handshake took too long"),
         };
         let agent = match self.identify(&connection).await {
@@ -149,6 +165,7 @@ impl Collector {
                 return say_goodbye(&connection, None, &end).await;
             }
         };
+        drop(place);
         let number = self.connections.fetch_add(1, Ordering::Relaxed);
         self.register(&agent, number, &connection);
         let mut conversation =
@@ -165,8 +182,8 @@ impl Collector {
                 tracing::warn!(seat, %address, reason, faults, "agent broke the protocol, connection closed");
             }
             End::Lost => {
-                let reason = connection.close_reason().map(|reason| reason.to_string());
-                tracing::info!(seat, %address, reason, "agent disconnected");
+                let reason = connection.close_reason().map_or_else(String::new, escaped);
+                tracing::info!(seat, %address, %reason, "agent disconnected");
             }
             end => tracing::info!(seat, %address, reason = %end, "agent disconnected"),
         }
@@ -230,25 +247,6 @@ impl Collector {
 pub(crate) async fn stopping(stop: &mut watch::Receiver<bool>) {
     // An error says that whoever could stop it is gone: the same.
     let _ = stop.wait_for(|stop| *stop).await;
-}
-
-/// Answers what cannot be served, and hands out what can: peers that have shown that they own their address.
-pub(crate) fn admit(incoming: Incoming, has_room: bool) -> Option<Incoming> {
-    if !incoming.remote_address_validated() {
-        if incoming.may_retry() {
-            // It may: that is what this branch asks.
-            let _ = incoming.retry();
-        } else {
-            incoming.ignore();
-        }
-        return None;
-    }
-    if !has_room {
-        tracing::warn!(address = %shown(incoming.remote_address()), "too many connections, one refused");
-        incoming.refuse();
-        return None;
-    }
-    Some(incoming)
 }
 
 fn revoked(seat: &str) -> End {

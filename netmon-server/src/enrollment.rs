@@ -6,23 +6,28 @@ use std::time::Duration;
 use jiff::tz::TimeZone;
 use netmon_common::enroll::{Granted, Reply, Request};
 use netmon_common::raw::{Escaped, Raw};
-use quinn::{Connection, Endpoint, Incoming};
+use quinn::{Connection, Endpoint, Incoming, SendStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
+use crate::admission::Gate;
 use crate::ca::{AgentKey, Ca, uuid_from};
 use crate::clock;
-use crate::collector::{admit, stopping};
+use crate::collector::{REFUSALS_TIME, stopping};
 use crate::frames::{self, FrameError};
 use crate::store::{self, Enrolled, Newcomer};
-use crate::tls::shown;
+use crate::tls::{escaped, shown};
 use crate::writer::Writer;
 
 /// Longest request, in bytes: a signing request, two names, and room.
 pub const MAX_REQUEST: usize = 8 * 1024;
 /// PCs that enrol at once; others try again.
-const MAX_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS: usize = 256;
+/// PCs that enrol at once from one IP address: usually there is one behind it.
+const MAX_CONNECTIONS_PER_ADDRESS: usize = 8;
+/// From the first packet to the end of the request.
+const REQUEST_TIME: Duration = Duration::from_secs(5);
 /// From the first packet to the end.
 const TOTAL_TIME: Duration = Duration::from_secs(15);
 
@@ -41,21 +46,26 @@ pub struct Enrollment {
 impl Enrollment {
     /// Enrols PCs until `stop` becomes true.
     pub async fn run(self: Arc<Self>, endpoint: Endpoint, mut stop: watch::Receiver<bool>) {
+        let gate = Gate::new("enrolment", MAX_CONNECTIONS_PER_ADDRESS, MAX_CONNECTIONS);
         let mut tasks = JoinSet::new();
         loop {
             let incoming = tokio::select! {
                 () = stopping(&mut stop) => break,
                 Some(_) = tasks.join_next() => continue,
+                () = sleep(REFUSALS_TIME), if gate.has_unsaid() => { gate.say_refusals(clock::wall_ns()); continue }
                 incoming = endpoint.accept() => incoming,
             };
             let Some(incoming) = incoming else { break };
-            if let Some(incoming) = admit(incoming, tasks.len() < MAX_CONNECTIONS) {
+            if let Some((incoming, place)) = gate.admit(incoming, true, clock::wall_ns()) {
                 let this = self.clone();
                 tasks.spawn(async move {
+                    let _place = place;
                     let address = shown(incoming.remote_address());
                     match timeout(TOTAL_TIME, this.serve(incoming)).await {
                         Ok(Ok(())) => {}
-                        Ok(Err(error)) => tracing::info!(%address, reason = %error, "enrolment failed"),
+                        Ok(Err(error)) => {
+                            tracing::info!(%address, reason = %escaped(error), "enrolment failed");
+                        }
                         Err(_) => tracing::info!(%address, "enrolment took too long"),
                     }
                 });
@@ -67,17 +77,10 @@ impl Enrollment {
 
     async fn serve(&self, incoming: Incoming) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let address = shown(incoming.remote_address());
-        let connection: Connection = incoming.accept()?.await?;
-        let (mut send, mut recv) = connection.accept_bi().await?;
-        let request = match frames::read::<Request>(&mut recv, MAX_REQUEST).await {
-            Ok(Some(request)) => request,
-            Ok(None) => return Ok(()),
-            Err(error @ (FrameError::Wire(_) | FrameError::Slow)) => {
-                connection.close(2_u8.into(), error.to_string().as_bytes());
-                return Err(error.into());
-            }
-            Err(error) => return Err(error.into()),
-        };
+        // Dropped when it takes too long, and so closed.
+        let received =
+            timeout(REQUEST_TIME, receive(incoming)).await.map_err(|_| "no request came in time")??;
+        let Some((connection, mut send, request)) = received else { return Ok(()) };
         let hostname = request.hostname.clone();
         let reply = self.decide(request).await;
         match &reply {
@@ -107,7 +110,11 @@ impl Enrollment {
         let key = AgentKey::from_request(&request.csr_der).map_err(|error| error.to_string())?;
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|_| "the server has no random numbers".to_owned())?;
-        let agent = uuid_from(random);
+        // A key that asks again (the reply was lost) keeps the number that it has.
+        let spki_sha256 = key.spki_sha256();
+        let known = self.writer.run(None, move |conn| store::agent_by_key(conn, &spki_sha256)).await;
+        let known = known.map_err(|error| error.to_string())?;
+        let agent = known.map_or_else(|| uuid_from(random), |known| known.uuid);
         let now_ns = clock::wall_ns();
         let now = Duration::from_nanos(u64::try_from(now_ns).unwrap_or_default());
         // Signed before the token is used up: a failure here costs the token nothing.
@@ -119,7 +126,7 @@ impl Enrollment {
             token_id: request.token_id,
             secret: request.secret,
             uuid: agent,
-            spki_sha256: key.spki_sha256(),
+            spki_sha256,
             hostname: request.hostname.as_bytes().to_vec(),
             wanted_seat: request.seat.as_bytes().to_vec(),
         };
@@ -127,13 +134,37 @@ impl Enrollment {
         let work = move |conn: &rusqlite::Connection| store::enrol(conn, &newcomer, now_ns, &zone);
         match self.writer.run(None, work).await.map_err(|error| error.to_string())? {
             Enrolled::Refused(reason) => Err(reason),
-            Enrolled::As { seat } => Ok(Granted {
-                agent,
-                certificate_der,
-                ca_der: self.ca.der().to_vec(),
-                event_port: self.event_port,
-                seat: Raw::new(seat),
-            }),
+            Enrolled::As { seat, renamed } => {
+                if renamed.is_some() {
+                    tracing::info!(seat, "a revoked agent's label goes to a newcomer");
+                    // Its log moves before the newcomer can connect and write one there.
+                    self.writer.run(renamed, |_| Ok(())).await.map_err(|error| error.to_string())?;
+                }
+                Ok(Granted {
+                    agent,
+                    certificate_der,
+                    ca_der: self.ca.der().to_vec(),
+                    event_port: self.event_port,
+                    seat: Raw::new(seat),
+                })
+            }
+        }
+    }
+}
+
+/// A connection and its one request; `None` when the peer had none.
+async fn receive(
+    incoming: Incoming,
+) -> Result<Option<(Connection, SendStream, Request)>, Box<dyn std::error::Error + Send + Sync>> {
+    let connection = incoming.accept()?.await?;
+    let (send, mut recv) = connection.accept_bi().await?;
+    match frames::read::<Request>(&mut recv, MAX_REQUEST).await {
+        Ok(request) => Ok(request.map(|request| (connection, send, request))),
+        Err(error) => {
+            if matches!(error, FrameError::Wire(_) | FrameError::Slow) {
+                connection.close(2_u8.into(), error.to_string().as_bytes());
+            }
+            Err(error.into())
         }
     }
 }

@@ -11,9 +11,34 @@ const MAX_SEQ: u64 = i64::MAX as u64;
 /// Where an epoch stands that the server has never heard of: records are numbered from 1.
 pub const FIRST_SEQ: u64 = 1;
 
+/// Most records that one hole may have: an agent that records 10,000 a second gets there in three years.
+const MAX_HOLE: u64 = 1 << 40;
+
+/// Most epochs that an agent may begin within [`EPOCHS_TIME_NS`]. A new one is the rare case of a spool that was
+/// lost; each costs the store a line for ever.
+pub const MAX_NEW_EPOCHS: u64 = 100;
+/// One hour.
+pub const EPOCHS_TIME_NS: i64 = 3_600_000_000_000;
+
+/// What the server knows of the epoch for which an agent says hello.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// It expects this record next.
+    Expecting(u64),
+    /// The agent's first epoch.
+    First,
+    /// The agent has another history already.
+    Another {
+        /// Epochs that this agent began within the last [`EPOCHS_TIME_NS`].
+        begun: u64,
+    },
+}
+
 /// What a hello leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opening {
+    /// Another history ends here, nobody knows how much of it is missing.
+    pub restarts: bool,
     /// The record that is expected next from now on.
     pub next_seq: u64,
     /// Records that can never come: first and last.
@@ -43,6 +68,14 @@ pub enum Fault {
     /// A number that no agent reaches.
     #[error("record number {0} is out of range")]
     Number(u64),
+    /// A hole that no agent makes.
+    #[error("a hole of {0} records is out of range")]
+    Hole(u64),
+    /// It is refused, rather than at fault: it may come again later.
+    #[error(
+        "this agent began more than {MAX_NEW_EPOCHS} histories within an hour; find out why its spool is lost again and again"
+    )]
+    Epochs,
     /// A record's bytes are not a record.
     #[error("record {seq} of the batch is broken")]
     Record {
@@ -74,18 +107,25 @@ pub struct Checked {
     pub bytes: Vec<u8>,
 }
 
-/// An agent says that `oldest` is the oldest record that it still has; `expected` is what the server waits for.
+/// An agent says that `oldest` is the oldest record that it still has of an epoch.
 ///
 /// # Errors
-/// [`Fault::Number`].
-pub fn open(expected: u64, oldest: u64) -> Result<Opening, Fault> {
+/// [`Fault::Number`], [`Fault::Hole`], [`Fault::Epochs`].
+pub fn open(known: Known, oldest: u64) -> Result<Opening, Fault> {
     if !(FIRST_SEQ..=MAX_SEQ).contains(&oldest) {
         return Err(Fault::Number(oldest));
     }
-    if oldest > expected {
-        return Ok(Opening { next_seq: oldest, gap: Some((expected, oldest - 1)) });
+    let (expected, restarts) = match known {
+        Known::Expecting(next_seq) => (next_seq, false),
+        Known::First => (FIRST_SEQ, false),
+        Known::Another { begun } if begun >= MAX_NEW_EPOCHS => return Err(Fault::Epochs),
+        Known::Another { .. } => (FIRST_SEQ, true),
+    };
+    match oldest.saturating_sub(expected) {
+        0 => Ok(Opening { restarts, next_seq: expected, gap: None }),
+        hole if hole > MAX_HOLE => Err(Fault::Hole(hole)),
+        _ => Ok(Opening { restarts, next_seq: oldest, gap: Some((expected, oldest - 1)) }),
     }
-    Ok(Opening { next_seq: expected, gap: None })
 }
 
 /// Where a batch of `count` records from `first_seq` on belongs, when `expected` is expected.
@@ -129,27 +169,41 @@ mod tests {
 
     use super::*;
 
+    fn opening(next_seq: u64, gap: Option<(u64, u64)>) -> Opening {
+        Opening { restarts: false, next_seq, gap }
+    }
+
     fn record(seq: u64, event: Event) -> Vec<u8> {
         Record { seq, run: 1, boot_ns: 0, wall_ns: seq as i64, event }.to_bytes().unwrap()
     }
 
     #[test]
     fn an_agent_that_has_everything_goes_on_where_the_server_is() {
-        assert_eq!(open(FIRST_SEQ, 1).unwrap(), Opening { next_seq: 1, gap: None });
-        assert_eq!(open(100, 40).unwrap(), Opening { next_seq: 100, gap: None });
-        assert_eq!(open(100, 100).unwrap(), Opening { next_seq: 100, gap: None });
+        assert_eq!(open(Known::First, 1).unwrap(), opening(1, None));
+        assert_eq!(open(Known::Expecting(100), 40).unwrap(), opening(100, None));
+        assert_eq!(open(Known::Expecting(100), 100).unwrap(), opening(100, None));
     }
 
     #[test]
     fn what_an_agent_no_longer_has_is_a_gap_from_the_expected_record_on() {
-        assert_eq!(open(100, 101).unwrap(), Opening { next_seq: 101, gap: Some((100, 100)) });
-        assert_eq!(open(1, 500).unwrap(), Opening { next_seq: 500, gap: Some((1, 499)) });
+        assert_eq!(open(Known::Expecting(100), 101).unwrap(), opening(101, Some((100, 100))));
+        assert_eq!(open(Known::First, 500).unwrap(), opening(500, Some((1, 499))));
+    }
+
+    #[test]
+    fn another_history_than_the_known_one_is_a_restart_and_too_many_are_refused() {
+        let restart = |next_seq, gap| Opening { restarts: true, next_seq, gap };
+        assert_eq!(open(Known::Another { begun: 0 }, 1).unwrap(), restart(1, None));
+        assert_eq!(open(Known::Another { begun: 99 }, 3).unwrap(), restart(3, Some((1, 2))));
+        assert_eq!(open(Known::Another { begun: 100 }, 1), Err(Fault::Epochs));
     }
 
     #[test]
     fn impossible_numbers_are_a_fault() {
-        assert_eq!(open(1, 0), Err(Fault::Number(0)));
-        assert_eq!(open(1, u64::MAX), Err(Fault::Number(u64::MAX)));
+        assert_eq!(open(Known::First, 0), Err(Fault::Number(0)));
+        assert_eq!(open(Known::First, u64::MAX), Err(Fault::Number(u64::MAX)));
+        assert_eq!(open(Known::Expecting(2), MAX_HOLE + 3), Err(Fault::Hole(MAX_HOLE + 1)));
+        assert!(open(Known::Expecting(2), MAX_HOLE + 2).is_ok());
         assert!(matches!(check(0, vec![record(0, Event::AgentStopped)]), Err(Fault::Number(_))));
         assert!(matches!(check(MAX_SEQ, vec![vec![]]), Err(Fault::Number(_))));
         assert!(matches!(check(u64::MAX, vec![vec![]]), Err(Fault::Number(_))));

@@ -5,6 +5,7 @@
 //! [`enrollment`] (QUIC), [`store`] (SQLite), [`writer`] (the one thread that writes it), [`seatlogs`] (the
 //! readable log files), [`serve`] and [`commands`] (the command line).
 
+mod admission;
 pub mod ca;
 pub mod cli;
 mod clock;

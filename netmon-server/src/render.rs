@@ -42,10 +42,10 @@ pub fn line(item: &Item, zone: &TimeZone) -> Line {
         },
         What::Gap { count, since_ns, noticed_ns } => {
             let gap = Gap {
-                reason: GapReason::NeverReceived,
+                reason: if count.is_some() { GapReason::NeverReceived } else { GapReason::HistoryRestarted },
                 from_wall_ns: *since_ns,
                 to_wall_ns: *noticed_ns,
-                count: Some(*count),
+                count: *count,
             };
             let record = Record { seq: 0, run: 0, boot_ns: 0, wall_ns: *noticed_ns, event: Event::Gap(gap) };
             // Nobody knows what was in it.
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn a_gap_is_a_line_in_both_logs() {
-        let what = What::Gap { count: 7, since_ns: RECORDED, noticed_ns: RECORDED + 1_000_000_000 };
+        let what = What::Gap { count: Some(7), since_ns: RECORDED, noticed_ns: RECORDED + 1_000_000_000 };
         let line = line(&Item { n: 3, what }, &TimeZone::UTC);
         assert_eq!(
             line.text,
@@ -91,6 +91,14 @@ mod tests {
              2026-11-23T12:42:06.000+00:00: records never came from this PC, 7 records"
         );
         assert!(line.usb);
+    }
+
+    #[test]
+    fn another_history_is_a_gap_of_unknown_size() {
+        let what = What::Gap { count: None, since_ns: RECORDED, noticed_ns: RECORDED };
+        let line = line(&Item { n: 3, what }, &TimeZone::UTC);
+        assert!(line.text.contains("GAP from ") && line.text.contains("another history"), "{}", line.text);
+        assert!(line.text.ends_with(", count unknown") && line.usb, "{}", line.text);
     }
 
     #[test]

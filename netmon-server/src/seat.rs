@@ -17,6 +17,12 @@ pub fn label(wanted: &[u8], hostname: &[u8]) -> String {
     if label.is_empty() { "pc".to_owned() } else { label.to_owned() }
 }
 
+/// The label of a revoked PC whose label goes to another one.
+pub fn old(label: &str) -> String {
+    const SUFFIX: &str = "-old";
+    format!("{}{SUFFIX}", &label[..label.len().min(MAX_LABEL - SUFFIX.len())])
+}
+
 /// `label` itself, or the first of `label-2`, `label-3`, … that is not taken; cut so that it stays within
 /// [`MAX_LABEL`].
 ///
@@ -70,7 +76,9 @@ mod tests {
         assert_eq!(unique_among("pc", &[]), "pc");
         assert_eq!(unique_among("pc", &["pc"]), "pc-2");
         assert_eq!(unique_among("pc", &["pc", "pc-2"]), "pc-3");
+        assert_eq!(old("pc"), "pc-old");
         let long = label(&[b'x'; 300], b"");
+        assert_eq!(old(&long).len(), MAX_LABEL);
         assert_eq!(long.len(), MAX_LABEL);
         let next = unique_among(&long, &[&long]);
         assert_eq!(next.len(), MAX_LABEL);

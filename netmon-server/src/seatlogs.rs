@@ -103,11 +103,23 @@ impl SeatLogs {
     }
 
     fn state(&self, conn: &Connection, agent: AgentId) -> Result<Option<State>, SeatLogError> {
-        if let Some(state) = self.states.get(&agent) {
-            return Ok(Some(state.clone()));
-        }
         let Some(known) = store::agent_by_id(conn, agent)? else { return Ok(None) };
-        Ok(Some(State { directory: self.directory.join(known.seat), log: store::seat_log(conn, agent)? }))
+        let directory = self.directory.join(known.seat);
+        let Some(mut state) = self.states.get(&agent).cloned() else {
+            return Ok(Some(State { directory, log: store::seat_log(conn, agent)? }));
+        };
+        if state.directory != directory {
+            match std::fs::rename(&state.directory, &directory) {
+                Ok(()) => {}
+                // Written anew in its new place.
+                Err(error) => {
+                    tracing::warn!(%error, directory = %directory.display(), "a seat's log cannot be moved here");
+                    state.log = SeatLog::default();
+                }
+            }
+            state.directory = directory;
+        }
+        Ok(Some(state))
     }
 }
 
@@ -251,6 +263,20 @@ mod tests {
         std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
         room.fresh().update(room.store.conn(), room.agent).unwrap();
         assert_eq!(room.read(LOG), watching(1..=1500));
+    }
+
+    #[test]
+    fn the_log_of_a_renamed_seat_moves_and_its_old_place_is_free() {
+        let room = Room::new();
+        let mut logs = room.fresh();
+        room.store.append(room.agent, 1, 1..=3);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        room.store.conn().execute("UPDATE agents SET seat = 'pc-1-old'", []).unwrap();
+        room.store.append(room.agent, 1, 4..=4);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        assert!(!room.logs.join("pc-1").exists());
+        let moved = std::fs::read_to_string(room.logs.join("pc-1-old").join(LOG)).unwrap();
+        assert_eq!(moved.lines().count(), 4);
     }
 
     #[test]

@@ -4,13 +4,15 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use netmon_common::raw::Escaped;
 use netmon_common::{enroll, wire};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Endpoint, EndpointConfig, TransportConfig, VarInt};
-use rustls::RootCertStore;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::version::TLS13;
+use rustls::{ConfigBuilder, RootCertStore, ServerConfig, WantsVerifier};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Longest handshake.
@@ -119,9 +121,7 @@ pub fn event_endpoint(
     roots.add(ca.clone()).map_err(tls)?;
     let verifier =
         WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone()).build().map_err(tls)?;
-    let config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&TLS13])
-        .map_err(tls)?
+    let config = builder(provider)?
         .with_client_cert_verifier(verifier)
         .with_single_cert(vec![certificate, ca.clone()], key)
         .map_err(tls)?;
@@ -135,11 +135,8 @@ pub fn enrolment_endpoint(
     certificate: CertificateDer<'static>,
     key: PrivateKeyDer<'static>,
 ) -> Result<Endpoint, ListenError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
     // The CA comes along: the agent recognises it by the fingerprint in its token.
-    let config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&TLS13])
-        .map_err(tls)?
+    let config = builder(Arc::new(rustls::crypto::ring::default_provider()))?
         .with_no_client_auth()
         .with_single_cert(vec![certificate, ca.clone()], key)
         .map_err(tls)?;
@@ -147,9 +144,13 @@ pub fn enrolment_endpoint(
     endpoint(socket, config, enroll::ALPN, transport(window, window))
 }
 
+fn builder(provider: Arc<CryptoProvider>) -> Result<ConfigBuilder<ServerConfig, WantsVerifier>, ListenError> {
+    ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&TLS13]).map_err(tls)
+}
+
 fn endpoint(
     socket: UdpSocket,
-    mut config: rustls::ServerConfig,
+    mut config: ServerConfig,
     alpn: &[u8],
     transport: TransportConfig,
 ) -> Result<Endpoint, ListenError> {
@@ -182,6 +183,11 @@ fn transport(stream_window: u32, connection_window: u32) -> TransportConfig {
 
 fn tls(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ListenError {
     ListenError::Tls(error.into())
+}
+
+/// Text that a peer may have had a hand in (the reason of a close, for one), for one line of the server's own log.
+pub fn escaped(text: impl std::fmt::Display) -> String {
+    Escaped(text.to_string().as_bytes()).to_string()
 }
 
 /// An address as people know it: IPv4 callers of an IPv6 socket appear as IPv4.

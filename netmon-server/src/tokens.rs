@@ -66,11 +66,11 @@ pub fn check(
     let Some(token) = stored.filter(|token| token.secret_sha256 == hash(secret)) else {
         return Err(Refusal::Unknown(name));
     };
-    if token.uses_left == 0 {
-        return Err(Refusal::Used { id: name, uses: token.uses });
-    }
     if now_ns >= token.expires_ns {
         return Err(Refusal::Expired { id: name, at: logline::time(token.expires_ns, zone).to_string() });
+    }
+    if token.uses_left == 0 {
+        return Err(Refusal::Used { id: name, uses: token.uses });
     }
     Ok(())
 }

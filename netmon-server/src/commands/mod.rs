@@ -98,6 +98,7 @@ fn json(a: &AgentSummary, time: &impl Fn(Option<i64>) -> Option<String>) -> serd
         "backlog": a.backlog,
         "gaps": a.gaps,
         "gap_records": a.gap_records,
+        "gaps_of_unknown_size": a.restarts,
     })
 }
 
@@ -113,7 +114,9 @@ fn row(a: &AgentSummary, time: &impl Fn(Option<i64>) -> Option<String>) -> [Stri
     };
     let gaps = match a.gaps {
         0 => "none".to_owned(),
-        gaps => format!("{gaps} ({} records)", a.gap_records),
+        gaps if a.restarts == 0 => format!("{gaps} ({} records)", a.gap_records),
+        gaps if a.restarts == gaps => format!("{gaps} (unknown number of records)"),
+        gaps => format!("{gaps} (more than {} records)", a.gap_records),
     };
     [
         a.agent.seat.clone(),

@@ -4,7 +4,7 @@ use jiff::tz::TimeZone;
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params};
 
 use crate::seat;
-use crate::tokens::{self, StoredToken};
+use crate::tokens::{self, Refusal, StoredToken};
 
 /// An agent's number in this store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -40,8 +40,10 @@ pub struct AgentSummary {
     pub backlog: Option<u64>,
     /// Holes in its history.
     pub gaps: u64,
-    /// Records in those; rounded above 2^53.
+    /// Records in those whose size is known; rounded above 2^53.
     pub gap_records: u64,
+    /// Those of unknown size: another history began.
+    pub restarts: u64,
 }
 
 /// A PC that wants to be an agent.
@@ -68,12 +70,17 @@ pub enum Enrolled {
     As {
         /// Its label.
         seat: String,
+        /// The revoked agent that had this label before and has another one now.
+        renamed: Option<AgentId>,
     },
     /// It is not; why, for people.
     Refused(String),
 }
 
-/// Checks the token, consumes one use of it and adds the agent: all inside the caller's one transaction.
+/// Checks the token, consumes one use of it and adds the agent: all inside the caller's one transaction. A key that is
+/// enrolled and was never used is granted its seat again, if the newcomer carries the number that it has.
+///
+/// The label of a revoked agent goes to the newcomer that asks for it; the revoked one becomes `LABEL-old`.
 pub fn enrol(
     conn: &Connection,
     newcomer: &Newcomer,
@@ -81,28 +88,68 @@ pub fn enrol(
     zone: &TimeZone,
 ) -> rusqlite::Result<Enrolled> {
     let token = token(conn, &newcomer.token_id)?;
-    if let Err(refusal) = tokens::check(token.as_ref(), &newcomer.token_id, &newcomer.secret, now_ns, zone) {
-        return Ok(Enrolled::Refused(refusal.to_string()));
-    }
-    if let Some(known) = agent_by_key(conn, &newcomer.spki_sha256)? {
-        return Ok(Enrolled::Refused(format!(
-            "this key is enrolled already, as seat {}; enrol with a new key",
-            known.seat
-        )));
+    let checked = tokens::check(token.as_ref(), &newcomer.token_id, &newcomer.secret, now_ns, zone);
+    let known = agent_by_key(conn, &newcomer.spki_sha256)?;
+    match (checked, known) {
+        // The reply was lost: the same key asks again, and has a seat already. That costs the token nothing.
+        (Ok(()) | Err(Refusal::Used { .. }), Some(known)) if is_unused(conn, &known)? => {
+            return Ok(if known.uuid == newcomer.uuid {
+                Enrolled::As { seat: known.seat, renamed: None }
+            } else {
+                Enrolled::Refused("this key was being enrolled at the same time; try again".into())
+            });
+        }
+        (Err(refusal), _) => return Ok(Enrolled::Refused(refusal.to_string())),
+        (Ok(()), Some(known)) => {
+            return Ok(Enrolled::Refused(format!(
+                "this key is enrolled already, as seat {}; enrol with a new key",
+                known.seat
+            )));
+        }
+        (Ok(()), None) => {}
     }
     conn.execute(
         "UPDATE tokens SET uses_left = uses_left - 1 WHERE id = ?1",
         [newcomer.token_id.as_slice()],
     )?;
     let wanted = seat::label(&newcomer.wanted_seat, &newcomer.hostname);
-    let seat = seat::unique(&wanted, |label| {
-        conn.prepare_cached("SELECT 1 FROM agents WHERE seat = ?1 COLLATE NOCASE")?.exists([label])
-    })?;
+    let renamed = free_label(conn, &wanted)?;
+    let seat = seat::unique(&wanted, |label| is_taken(conn, label))?;
     conn.execute(
         "INSERT INTO agents (uuid, seat, spki_sha256, hostname, enrolled_ns) VALUES (?1, ?2, ?3, ?4, ?5)",
         params![newcomer.uuid, seat, newcomer.spki_sha256, newcomer.hostname, now_ns],
     )?;
-    Ok(Enrolled::As { seat })
+    Ok(Enrolled::As { seat, renamed })
+}
+
+/// True for an agent that may deliver and never did, nor ever connected.
+fn is_unused(conn: &Connection, agent: &Agent) -> rusqlite::Result<bool> {
+    conn.prepare_cached(
+        "SELECT 1 FROM agents WHERE id = ?1 AND revoked_ns IS NULL AND next_n = 1
+             AND connected_ns IS NULL AND seen_ns IS NULL
+             AND NOT EXISTS (SELECT 1 FROM epochs WHERE agent = ?1)",
+    )?
+    .exists([agent.id.0])
+}
+
+/// Labels are unique whatever their case: they name directories, and people say them.
+fn is_taken(conn: &Connection, label: &str) -> rusqlite::Result<bool> {
+    conn.prepare_cached("SELECT 1 FROM agents WHERE seat = ?1 COLLATE NOCASE")?.exists([label])
+}
+
+/// A revoked agent gives its label to the newcomer that asks for it; which one that was.
+fn free_label(conn: &Connection, label: &str) -> rusqlite::Result<Option<AgentId>> {
+    let revoked = conn
+        .prepare_cached(
+            "SELECT id, uuid, seat, revoked_ns FROM agents
+             WHERE seat = ?1 COLLATE NOCASE AND revoked_ns IS NOT NULL",
+        )?
+        .query_row([label], agent)
+        .optional()?;
+    let Some(revoked) = revoked else { return Ok(None) };
+    let seat = seat::unique(&seat::old(&revoked.seat), |label| is_taken(conn, label))?;
+    conn.execute("UPDATE agents SET seat = ?2 WHERE id = ?1", params![revoked.id.0, seat])?;
+    Ok(Some(revoked.id))
 }
 
 /// Keeps a new token, and forgets those that expired more than 30 days ago (until then they are told from
@@ -245,7 +292,8 @@ pub fn revoked_connections(conn: &Connection) -> rusqlite::Result<Vec<(AgentId, 
 /// All agents, in order of their labels.
 pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
     conn.prepare(
-        "SELECT a.*, count(g.n) AS gaps, total(g.to_seq - g.from_seq + 1) AS gap_records
+        "SELECT a.*, count(g.n) AS gaps, total(g.to_seq - g.from_seq + 1) AS gap_records,
+             total(g.from_seq > g.to_seq) AS restarts
          FROM agents a LEFT JOIN gaps g ON g.agent = a.id GROUP BY a.id ORDER BY a.seat",
     )?
     .query_map([], |row| {
@@ -260,6 +308,7 @@ pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
             gaps: row.get::<_, i64>("gaps")? as u64,
             // A float: an agent may name holes of any size, and the sum of integers would be an error.
             gap_records: row.get::<_, f64>("gap_records")? as u64,
+            restarts: row.get::<_, f64>("restarts")? as u64,
         })
     })?
     .collect()

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::AgentId;
-use crate::ingest::{self, Checked, FIRST_SEQ, Fault, Place};
+use crate::ingest::{self, Checked, EPOCHS_TIME_NS, FIRST_SEQ, Fault, Known, Place};
 
 /// One item of a seat's history.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,8 +26,8 @@ pub enum What {
     },
     /// Records that never came.
     Gap {
-        /// How many.
-        count: u64,
+        /// How many; `None`: another history begins here, and nobody knows.
+        count: Option<u64>,
         /// The newest record before, the PC's clock; when there is none, the time of noticing.
         since_ns: i64,
         /// When it was noticed, the server's clock.
@@ -76,7 +76,8 @@ impl Default for SeatLog {
 }
 
 /// An agent opens (or takes up) an epoch and says what it still has: the watermark moves over what can never
-/// come, and the hole is kept. The inner error is the agent's fault.
+/// come, and the hole is kept. An epoch that the server has never seen, of an agent that has a history, is a hole of
+/// unknown size, once. The inner error is the agent's fault.
 pub fn open_epoch(
     conn: &Connection,
     agent: AgentId,
@@ -84,31 +85,67 @@ pub fn open_epoch(
     oldest_seq: u64,
     now_ns: i64,
 ) -> rusqlite::Result<Result<u64, Fault>> {
-    let opening = match ingest::open(watermark(conn, agent, epoch)?, oldest_seq) {
+    let known = known(conn, agent, epoch, now_ns)?;
+    let opening = match ingest::open(known, oldest_seq) {
         Ok(opening) => opening,
         Err(fault) => return Ok(Err(fault)),
     };
-    if let Some((from, to)) = opening.gap {
-        let (n, since_ns): (i64, Option<i64>) = conn
-            .prepare_cached("SELECT next_n, record_ns FROM agents WHERE id = ?1")?
-            .query_row([agent.0], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        conn.prepare_cached(
-            "INSERT INTO gaps (agent, n, epoch, from_seq, to_seq, since_ns, noticed_ns)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-        )?
-        .execute(params![
-            agent.0,
-            n,
-            epoch as i64,
-            from as i64,
-            to as i64,
-            since_ns.unwrap_or(now_ns),
-            now_ns
-        ])?;
-        conn.prepare_cached("UPDATE agents SET next_n = ?2 WHERE id = ?1")?.execute([agent.0, n + 1])?;
+    if opening.restarts {
+        add_gap(conn, agent, epoch, UNKNOWN, now_ns)?;
+    }
+    if let Some(gap) = opening.gap {
+        add_gap(conn, agent, epoch, gap, now_ns)?;
+    }
+    // Without records, too: the next hello finds the epoch known.
+    if known != Known::Expecting(opening.next_seq) {
         set_watermark(conn, agent, epoch, opening.next_seq)?;
     }
     Ok(Ok(opening.next_seq))
+}
+
+fn known(conn: &Connection, agent: AgentId, epoch: u64, now_ns: i64) -> rusqlite::Result<Known> {
+    if let Some(next_seq) = watermark(conn, agent, epoch)? {
+        return Ok(Known::Expecting(next_seq));
+    }
+    let has_history = conn
+        .prepare_cached(
+            "SELECT 1 FROM agents WHERE id = ?1
+             AND (next_n > 1 OR EXISTS (SELECT 1 FROM epochs WHERE agent = ?1))",
+        )?
+        .exists([agent.0])?;
+    if !has_history {
+        return Ok(Known::First);
+    }
+    let since = now_ns.saturating_sub(EPOCHS_TIME_NS);
+    let begun: i64 = conn
+        .prepare_cached(
+            "SELECT count(*) FROM gaps WHERE agent = ?1 AND from_seq > to_seq AND noticed_ns BETWEEN ?2 AND ?3",
+        )?
+        .query_row([agent.0, since, now_ns], |row| row.get(0))?;
+    Ok(Known::Another { begun: begun as u64 })
+}
+
+/// A gap of nobody knows how many records.
+const UNKNOWN: (u64, u64) = (1, 0);
+
+fn add_gap(
+    conn: &Connection,
+    agent: AgentId,
+    epoch: u64,
+    (from, to): (u64, u64),
+    now_ns: i64,
+) -> rusqlite::Result<()> {
+    let (n, since_ns): (i64, Option<i64>) = conn
+        .prepare_cached("SELECT next_n, record_ns FROM agents WHERE id = ?1")?
+        .query_row([agent.0], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    let since_ns = since_ns.unwrap_or(now_ns);
+    conn.prepare_cached(
+        "INSERT INTO gaps (agent, n, epoch, from_seq, to_seq, since_ns, noticed_ns)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+    )?
+    .execute(params![agent.0, n, epoch as i64, from as i64, to as i64, since_ns, now_ns])?;
+    conn.prepare_cached("UPDATE agents SET next_n = ?2 WHERE id = ?1")?.execute([agent.0, n + 1])?;
+    Ok(())
 }
 
 /// Stores what is new of a batch and moves the watermark.
@@ -120,7 +157,8 @@ pub fn append(
     records: &[Checked],
     now_ns: i64,
 ) -> rusqlite::Result<BatchOutcome> {
-    let (skip, next_seq) = match ingest::place(watermark(conn, agent, epoch)?, first_seq, records.len()) {
+    let expected = watermark(conn, agent, epoch)?.unwrap_or(FIRST_SEQ);
+    let (skip, next_seq) = match ingest::place(expected, first_seq, records.len()) {
         Place::Accept { skip, next_seq } => (skip, next_seq),
         Place::Resume { next_seq } => return Ok(BatchOutcome::Resume { next_seq }),
     };
@@ -160,12 +198,13 @@ pub fn append(
     Ok(BatchOutcome::Stored { through: next_seq - 1, new: new.len() })
 }
 
-fn watermark(conn: &Connection, agent: AgentId, epoch: u64) -> rusqlite::Result<u64> {
+/// The record that is expected next; `None` for an epoch that no hello named.
+fn watermark(conn: &Connection, agent: AgentId, epoch: u64) -> rusqlite::Result<Option<u64>> {
     let next_seq: Option<i64> = conn
         .prepare_cached("SELECT next_seq FROM epochs WHERE agent = ?1 AND epoch = ?2")?
         .query_row([agent.0, epoch as i64], |row| row.get(0))
         .optional()?;
-    Ok(next_seq.map_or(FIRST_SEQ, |next_seq| next_seq as u64))
+    Ok(next_seq.map(|next_seq| next_seq as u64))
 }
 
 fn set_watermark(conn: &Connection, agent: AgentId, epoch: u64, next_seq: u64) -> rusqlite::Result<()> {
@@ -189,7 +228,7 @@ pub fn items_from(conn: &Connection, agent: AgentId, from: i64, limit: usize) ->
         let what = match row.get::<_, Option<Vec<u8>>>(2)? {
             Some(bytes) => What::Record { received_ns: row.get(1)?, bytes },
             None => What::Gap {
-                count: row.get::<_, i64>(3)? as u64,
+                count: u64::try_from(row.get::<_, i64>(3)?).ok().filter(|count| *count > 0),
                 since_ns: row.get(4)?,
                 noticed_ns: row.get(1)?,
             },

@@ -27,7 +27,8 @@ CREATE TABLE tokens (
     uses_left       INTEGER NOT NULL CHECK (uses_left >= 0)
 ) STRICT, WITHOUT ROWID;
 
--- The watermarks: everything of the epoch below next_seq is in events, or named in gaps.
+-- The watermarks: everything of the epoch below next_seq is in events, or named in gaps. Every epoch that an agent
+-- ever said hello for has one.
 CREATE TABLE epochs (
     agent           INTEGER NOT NULL REFERENCES agents (id),
     epoch           INTEGER NOT NULL,
@@ -50,6 +51,7 @@ CREATE TABLE events (
 -- "Exactly once" does not rest on the code alone.
 CREATE UNIQUE INDEX events_once ON events (agent, epoch, seq);
 
+-- from_seq > to_seq: another history begins here, and how much of the one before is missing is unknown.
 CREATE TABLE gaps (
     agent           INTEGER NOT NULL,
     n               INTEGER NOT NULL,

@@ -6,7 +6,7 @@ use jiff::tz::TimeZone;
 use netmon_common::model::{Event, Hook, Interface, Record};
 
 use super::*;
-use crate::ingest::{Checked, check};
+use crate::ingest::{Checked, Fault, check};
 use crate::tokens;
 
 const HOUR: i64 = 3_600_000_000_000;
@@ -61,7 +61,7 @@ impl Fixture {
     /// A new agent with this label.
     pub fn agent(&self, seat: &str) -> AgentId {
         let secret = self.token(1);
-        assert_eq!(self.enrol(secret, 1, seat), Enrolled::As { seat: seat.into() });
+        assert_eq!(self.enrol(secret, 1, seat), granted(seat));
         agent_by_key(self.conn(), &[1; 32]).unwrap().unwrap().id
     }
 
@@ -87,6 +87,10 @@ fn records(seqs: RangeInclusive<u64>) -> Vec<Checked> {
         Record { seq, run: 1, boot_ns: seq, wall_ns: seq as i64, event }.to_bytes().unwrap()
     };
     check(*seqs.start(), seqs.map(record).collect()).unwrap()
+}
+
+fn granted(seat: &str) -> Enrolled {
+    Enrolled::As { seat: seat.into(), renamed: None }
 }
 
 fn stored(through: u64, new: usize) -> BatchOutcome {
@@ -145,23 +149,51 @@ fn a_hole_is_kept_with_its_size_and_moves_the_watermark() {
     room.append(agent, 7, 10..=10);
     let items = items_from(room.conn(), agent, 1, 100).unwrap();
     assert_eq!(items.iter().map(|item| item.n).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
-    assert_eq!(items[3].what, What::Gap { count: 6, since_ns: 3, noticed_ns: 99 });
+    assert_eq!(items[3].what, What::Gap { count: Some(6), since_ns: 3, noticed_ns: 99 });
     let summary = &summaries(room.conn()).unwrap()[0];
     assert_eq!((summary.gaps, summary.gap_records), (1, 6));
 }
 
 #[test]
-fn an_agent_that_names_absurd_holes_cannot_break_the_summary() {
+fn an_agent_that_names_absurd_holes_is_at_fault_and_nothing_is_kept() {
     let room = Fixture::new();
     let agent = room.agent("pc");
-    for epoch in 1..=3 {
-        let next = open_epoch(room.conn(), agent, epoch, i64::MAX as u64, 0).unwrap();
-        assert_eq!(next, Ok(i64::MAX as u64));
+    let fault = open_epoch(room.conn(), agent, 1, i64::MAX as u64, 0).unwrap();
+    assert_eq!(fault, Err(Fault::Hole(i64::MAX as u64 - 1)));
+    assert_eq!(summaries(room.conn()).unwrap()[0].gaps, 0);
+}
+
+#[test]
+fn another_history_is_a_gap_of_unknown_size_once() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    assert_eq!(open_epoch(room.conn(), agent, 7, 1, 50).unwrap(), Ok(1));
+    assert_eq!(open_epoch(room.conn(), agent, 7, 1, 51).unwrap(), Ok(1));
+    assert_eq!(summaries(room.conn()).unwrap()[0].gaps, 0, "the first history is none");
+    room.append(agent, 7, 1..=3);
+    for hello in 0..2 {
+        assert_eq!(open_epoch(room.conn(), agent, 8, 1, 99 + hello).unwrap(), Ok(1));
     }
+    assert_eq!(open_epoch(room.conn(), agent, 7, 4, 110).unwrap(), Ok(4), "the old one is known");
+    room.append(agent, 8, 1..=1);
+    let items = items_from(room.conn(), agent, 1, 100).unwrap();
+    assert_eq!(items.iter().map(|item| item.n).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+    assert_eq!(items[3].what, What::Gap { count: None, since_ns: 3, noticed_ns: 99 });
     let summary = &summaries(room.conn()).unwrap()[0];
-    assert_eq!(summary.gaps, 3);
-    assert!(summary.gap_records > i64::MAX as u64);
-    assert_eq!(items_from(room.conn(), agent, 1, 10).unwrap().len(), 3);
+    assert_eq!((summary.gaps, summary.gap_records, summary.restarts), (1, 0, 1));
+}
+
+#[test]
+fn an_agent_that_begins_histories_without_end_is_refused_for_a_while() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    for epoch in 0..=100 {
+        assert_eq!(open_epoch(room.conn(), agent, epoch, 1, 99).unwrap(), Ok(1));
+    }
+    assert_eq!(open_epoch(room.conn(), agent, 101, 1, 100).unwrap(), Err(Fault::Epochs));
+    assert_eq!(open_epoch(room.conn(), agent, 50, 1, 100).unwrap(), Ok(1), "the known ones go on");
+    assert_eq!(open_epoch(room.conn(), agent, 101, 1, 100 + HOUR).unwrap(), Ok(1));
+    assert_eq!(summaries(room.conn()).unwrap()[0].gaps, 101);
 }
 
 #[test]
@@ -180,8 +212,8 @@ fn a_spool_that_was_set_back_and_counts_anew_is_not_taken_for_duplicates() {
 fn a_token_enrols_as_many_pcs_as_it_was_made_for() {
     let room = Fixture::new();
     let secret = room.token(2);
-    assert_eq!(room.enrol(secret, 1, "ubuntu"), Enrolled::As { seat: "ubuntu".into() });
-    assert_eq!(room.enrol(secret, 2, "Ubuntu"), Enrolled::As { seat: "Ubuntu-2".into() });
+    assert_eq!(room.enrol(secret, 1, "ubuntu"), granted("ubuntu"));
+    assert_eq!(room.enrol(secret, 2, "Ubuntu"), granted("Ubuntu-2"));
     let Enrolled::Refused(why) = room.enrol(secret, 3, "ubuntu") else { panic!("enrolled a third") };
     assert!(why.contains("already used 2 of 2 times"), "{why}");
 }
@@ -191,7 +223,7 @@ fn a_refused_enrolment_costs_no_use() {
     let room = Fixture::new();
     let secret = room.token(1);
     assert!(matches!(room.enrol([0; 32], 1, "pc"), Enrolled::Refused(_)));
-    assert_eq!(room.enrol(secret, 1, "pc"), Enrolled::As { seat: "pc".into() });
+    assert_eq!(room.enrol(secret, 1, "pc"), granted("pc"));
 }
 
 #[test]
@@ -199,8 +231,40 @@ fn one_key_is_one_agent() {
     let room = Fixture::new();
     let secret = room.token(3);
     room.enrol(secret, 1, "pc");
+    let agent = agent_by_key(room.conn(), &[1; 32]).unwrap().unwrap().id;
+    open_epoch(room.conn(), agent, 7, 1, 0).unwrap().unwrap();
     let Enrolled::Refused(why) = room.enrol(secret, 1, "pc") else { panic!("enrolled twice") };
     assert!(why.contains("already, as seat pc"), "{why}");
+}
+
+#[test]
+fn a_key_whose_reply_was_lost_is_granted_its_seat_again_without_a_use() {
+    let room = Fixture::new();
+    let secret = room.token(2);
+    assert_eq!(room.enrol(secret, 1, "pc"), granted("pc"));
+    assert_eq!(room.enrol(secret, 1, "pc"), granted("pc"));
+    assert_eq!(room.enrol(secret, 2, "pc"), granted("pc-2"));
+    assert_eq!(room.enrol(secret, 1, "pc"), granted("pc"), "the token is used up");
+    assert!(matches!(room.enrol([0; 32], 1, "pc"), Enrolled::Refused(_)), "the wrong secret");
+    let agent = agent_by_key(room.conn(), &[1; 32]).unwrap().unwrap().id;
+    revoke(room.conn(), agent, 9).unwrap();
+    assert!(matches!(room.enrol(secret, 1, "pc"), Enrolled::Refused(_)), "revoked");
+}
+
+#[test]
+fn a_revoked_agents_label_goes_to_the_newcomer_that_asks_for_it() {
+    let room = Fixture::new();
+    let secret = room.token(3);
+    let mut ids = Vec::new();
+    for key in 1..=3 {
+        let Enrolled::As { seat, renamed } = room.enrol(secret, key, "PC") else { panic!("refused") };
+        assert_eq!((seat.as_str(), renamed), ("PC", ids.last().copied()));
+        let agent = agent_by_key(room.conn(), &[key; 32]).unwrap().unwrap().id;
+        revoke(room.conn(), agent, 9).unwrap();
+        ids.push(agent);
+    }
+    let seats: Vec<_> = ids.iter().map(|id| agent_by_id(room.conn(), *id).unwrap().unwrap().seat).collect();
+    assert_eq!(seats, ["PC-old", "PC-old-2", "PC"]);
 }
 
 #[test]

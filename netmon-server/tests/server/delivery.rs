@@ -111,7 +111,40 @@ async fn an_agent_drains_an_older_epoch_before_it_goes_on() {
     let welcome = session.hello(EPOCH, 1).await;
     assert_eq!(welcome, Ok(ToAgent::Welcome { version: VERSION, next_seq: 1 }));
     assert_eq!(session.batch(EPOCH, 1..=1).await, ack(1));
-    assert_eq!(room.numbers("pc"), [1, 2, 1]);
+    assert_eq!(room.numbers("pc"), [1, 2, 0, 1]);
+}
+
+#[tokio::test]
+async fn a_lost_spool_leaves_a_mark() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), 1).await;
+    session.batch(1, 1..=2).await.unwrap();
+    drop(session);
+    for _ in 0..2 {
+        let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+        assert_eq!(session.batch(EPOCH, 1..=1).await, ack(1));
+    }
+    assert_eq!(room.numbers("pc"), [1, 2, 0, 1]);
+    let log = success(room.path(), &["log", "pc", "--usb"]);
+    assert!(log.contains("another history of this PC begins") && log.contains("count unknown"), "{log}");
+    let agents = success(room.path(), &["agents"]);
+    assert!(agents.contains("1 (unknown number of records)"), "{agents}");
+}
+
+#[tokio::test]
+async fn absurd_holes_are_a_fault_and_histories_without_end_are_refused() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let mut session = agent.connect(room.server()).await.unwrap();
+    assert!(session.hello(1, 1 << 62).await.is_err());
+    assert!(session.closed().await.contains("a hole of "));
+    let mut session = agent.connect(room.server()).await.unwrap();
+    for epoch in 0..=100 {
+        assert!(matches!(session.hello(epoch, 1).await, Ok(ToAgent::Welcome { .. })), "epoch {epoch}");
+    }
+    let Ok(ToAgent::Refused { reason }) = session.hello(101, 1).await else { panic!("welcome") };
+    assert!(reason.escaped().to_string().contains("histories within an hour"), "{reason:?}");
 }
 
 #[tokio::test]

@@ -71,3 +71,84 @@ async fn a_request_without_a_proper_key_is_refused_and_costs_no_use() {
     assert!(enrol_with(&token, "pc", vec![0; 100_000]).await.is_err(), "a request of 100 kB was read");
     Agent::enrol(&token, "pc").await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_strangers_words_stay_on_their_line_of_the_servers_log() {
+    let data = initialised();
+    let server = Server::start(data.path());
+    let token = token(data.path(), &server, &[]);
+    let connection = call_enrolment(&token, [127, 0, 0, 1]).await.unwrap();
+    connection.close(7_u8.into(), b"x\n2026-11-23T07:00:00Z INFO agent connected FORGED \x1b[2J\xe2\x80\xae");
+    let line = server.says("FORGED");
+    assert!(line.contains("enrolment failed") && line.contains("x\\u{a}2026"), "{line:?}");
+    assert!(!line.contains(['\u{1b}', '\u{202e}']), "{line:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_strangers_do_not_keep_others_from_enrolling() {
+    let data = initialised();
+    let server = Server::start(data.path());
+    let token = token(data.path(), &server, &[]);
+    let strangers: Vec<_> = (0..300)
+        .map(|_| {
+            let token = token.clone();
+            tokio::spawn(async move { call_enrolment(&token, [127, 0, 0, 2]).await })
+        })
+        .collect();
+    let line = server.says("connections were not let in");
+    assert!(line.contains("listener=\"enrolment\"") && line.contains("refused="), "{line}");
+    Agent::enrol(&token, "pc").await.unwrap();
+    strangers.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_who_says_nothing_is_closed() {
+    let data = initialised();
+    let server = Server::start(data.path());
+    let connection = call_enrolment(&token(data.path(), &server, &[]), [127, 0, 0, 1]).await.unwrap();
+    server.says("no request came in time");
+    patience(connection.closed()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_reply_costs_neither_token_nor_seat() {
+    let data = initialised();
+    let server = Server::start(data.path());
+    let token = token(data.path(), &server, &[]);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let (connection, _) = request(&token, "pc", signing_request(&key)).await.unwrap();
+    server.says("agent enrolled");
+    connection.close(0_u8.into(), b"the cable is out");
+    let agent = Agent::enrol_key(&token, "pc", key).await.unwrap();
+    assert_eq!(agent.seat(), "pc");
+    let (mut session, _) = agent.deliver(&server, 7).await;
+    session.batch(7, 1..=1).await.unwrap();
+    let agents = success(data.path(), &["agents"]);
+    assert_eq!(agents.lines().count(), 2, "{agents}");
+    let refused = Agent::enrol(&token, "other").await.err().unwrap();
+    assert!(refused.contains("already used"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_pc_that_was_revoked_enrols_again_under_its_label_and_its_history_stays() {
+    let data = initialised();
+    let server = Server::start(data.path());
+    let token = token(data.path(), &server, &["--uses", "2"]);
+    let before = Agent::enrol(&token, "pc").await.unwrap();
+    let (mut session, _) = before.deliver(&server, 7).await;
+    session.batch(7, 1..=2).await.unwrap();
+    success(data.path(), &["revoke", "pc"]);
+    session.closed().await;
+    let after = Agent::enrol(&token, "pc").await.unwrap();
+    assert_eq!(after.seat(), "pc");
+    let (mut session, _) = after.deliver(&server, 8).await;
+    session.batch(8, 1..=1).await.unwrap();
+    for (seat, expected) in [("pc-old", vec![1, 2]), ("pc", vec![1])] {
+        assert_eq!(numbers(&success(data.path(), &["log", seat])), expected, "{seat}");
+    }
+    assert_eq!(server.stop(), 0);
+    for (seat, expected) in [("pc-old", vec![1, 2]), ("pc", vec![1])] {
+        let log = std::fs::read_to_string(data.path().join("logs").join(seat).join("log.txt")).unwrap();
+        assert_eq!(numbers(&log), expected, "{seat}");
+    }
+}

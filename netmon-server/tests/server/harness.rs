@@ -178,13 +178,22 @@ impl ServerCertVerifier for Pinned {
 }
 
 async fn connect(
+    config: rustls::ClientConfig,
+    alpn: &[u8],
+    address: SocketAddr,
+) -> Result<Connection, String> {
+    connect_from([127, 0, 0, 1], config, alpn, address).await
+}
+
+async fn connect_from(
+    from: [u8; 4],
     mut config: rustls::ClientConfig,
     alpn: &[u8],
     address: SocketAddr,
 ) -> Result<Connection, String> {
     config.alpn_protocols = vec![alpn.to_vec()];
     let config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).unwrap()));
-    let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let endpoint = Endpoint::client((from, 0).into()).unwrap();
     let connecting = endpoint.connect_with(config, address, SERVER_NAME).unwrap();
     patience(connecting).await.map_err(|error| error.to_string())
 }
@@ -209,6 +218,10 @@ async fn receive<T: DeserializeOwned>(stream: &mut RecvStream) -> Result<T, Stri
     patience(receive).await
 }
 
+pub fn signing_request(key: &KeyPair) -> Vec<u8> {
+    rcgen::CertificateParams::default().serialize_request(key).unwrap().der().to_vec()
+}
+
 /// An enrolled PC.
 pub struct Agent {
     key: KeyPair,
@@ -218,8 +231,11 @@ pub struct Agent {
 impl Agent {
     pub async fn enrol(token: &str, hostname: &str) -> Result<Self, String> {
         let key = KeyPair::generate().unwrap();
-        let csr = rcgen::CertificateParams::default().serialize_request(&key).unwrap();
-        match enrol_with(token, hostname, csr.der().to_vec()).await? {
+        Self::enrol_key(token, hostname, key).await
+    }
+
+    pub async fn enrol_key(token: &str, hostname: &str, key: KeyPair) -> Result<Self, String> {
+        match enrol_with(token, hostname, signing_request(&key)).await? {
             Reply::Granted(granted) => Ok(Self { key, granted }),
             Reply::Refused { reason } => Err(reason.escaped().to_string()),
         }
@@ -263,7 +279,8 @@ impl Agent {
     }
 }
 
-pub async fn enrol_with(token: &str, hostname: &str, csr_der: Vec<u8>) -> Result<Reply, String> {
+/// A connection to the enrolment port that says nothing.
+pub async fn call_enrolment(token: &str, from: [u8; 4]) -> Result<Connection, String> {
     let token: Token = token.parse().unwrap();
     let config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -271,8 +288,23 @@ pub async fn enrol_with(token: &str, hostname: &str, csr_der: Vec<u8>) -> Result
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Pinned(token.ca_spki_sha256)))
         .with_no_client_auth();
-    let connection = connect(config, enroll::ALPN, token.address.parse().unwrap()).await?;
-    let (mut stream, mut answer) = patience(connection.open_bi()).await.map_err(|error| error.to_string())?;
+    connect_from(from, config, enroll::ALPN, token.address.parse().unwrap()).await
+}
+
+pub async fn enrol_with(token: &str, hostname: &str, csr_der: Vec<u8>) -> Result<Reply, String> {
+    let (_connection, mut answer) = request(token, hostname, csr_der).await?;
+    receive(&mut answer).await
+}
+
+/// Asks for enrolment and does not read the reply.
+pub async fn request(
+    token: &str,
+    hostname: &str,
+    csr_der: Vec<u8>,
+) -> Result<(Connection, RecvStream), String> {
+    let connection = call_enrolment(token, [127, 0, 0, 1]).await?;
+    let token: Token = token.parse().unwrap();
+    let (mut stream, answer) = patience(connection.open_bi()).await.map_err(|error| error.to_string())?;
     let request = Request {
         token_id: token.id,
         secret: token.secret,
@@ -281,7 +313,7 @@ pub async fn enrol_with(token: &str, hostname: &str, csr_der: Vec<u8>) -> Result
         seat: "".into(),
     };
     send(&mut stream, &request).await?;
-    receive(&mut answer).await
+    Ok((connection, answer))
 }
 
 /// An agent's connection.

@@ -1,0 +1,196 @@
+//! Who is let in to begin a conversation: a peer that is unknown so far holds few places, so that it cannot take
+//! everybody's.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use quinn::Incoming;
+
+use crate::tls::shown;
+
+/// Refusals are said at most this often.
+const SAY_EVERY_NS: i64 = 1_000_000_000;
+
+/// Counts those that are inside and not known yet.
+#[derive(Debug)]
+pub struct Gate {
+    /// For messages: which listener.
+    what: &'static str,
+    /// Places for one IP address.
+    per_address: usize,
+    /// Places in all.
+    total: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    places: HashMap<IpAddr, usize>,
+    taken: usize,
+    refused: u64,
+    said_ns: Option<i64>,
+}
+
+/// A place; free again when this is dropped.
+#[derive(Debug)]
+pub struct Place {
+    gate: Arc<Gate>,
+    address: IpAddr,
+}
+
+/// Why there is no place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// This address has as many as it may have.
+    Address,
+    /// Everything is taken.
+    All,
+}
+
+impl Gate {
+    /// A gate with `total` places, at most `per_address` of them for one IP address.
+    pub fn new(what: &'static str, per_address: usize, total: usize) -> Arc<Self> {
+        Arc::new(Self { what, per_address, total, state: Mutex::default() })
+    }
+
+    /// Takes a place for `address`.
+    ///
+    /// # Errors
+    /// [`Full`]; it is counted.
+    pub fn enter(self: &Arc<Self>, address: IpAddr) -> Result<Place, Full> {
+        let mut state = self.state();
+        let held = state.places.get(&address).copied().unwrap_or_default();
+        let full = if held >= self.per_address {
+            Full::Address
+        } else if state.taken >= self.total {
+            Full::All
+        } else {
+            state.places.insert(address, held + 1);
+            state.taken += 1;
+            return Ok(Place { gate: self.clone(), address });
+        };
+        state.refused += 1;
+        Err(full)
+    }
+
+    /// True when refusals were counted and not said.
+    pub fn has_unsaid(&self) -> bool {
+        self.state().refused > 0
+    }
+
+    /// The refusals since this last gave some; `None` when there are none, or when that was less than a second ago.
+    pub fn refusals(&self, now_ns: i64) -> Option<u64> {
+        let mut state = self.state();
+        if state.refused == 0 || state.said_ns.is_some_and(|said| now_ns.abs_diff(said) < SAY_EVERY_NS as u64)
+        {
+            return None;
+        }
+        state.said_ns = Some(now_ns);
+        Some(std::mem::take(&mut state.refused))
+    }
+
+    /// Says in the server's own log how many were refused, when it is time.
+    pub fn say_refusals(&self, now_ns: i64) {
+        if let Some(refused) = self.refusals(now_ns) {
+            tracing::warn!(
+                listener = self.what,
+                refused,
+                "connections were not let in: too many that are not finished, from one address or in all"
+            );
+        }
+    }
+
+    /// Answers what cannot be served, and hands out what can: peers that have shown that they own their address, and
+    /// for which there is a place. `has_room`: the listener can take one more at all.
+    pub fn admit(
+        self: &Arc<Self>,
+        incoming: Incoming,
+        has_room: bool,
+        now_ns: i64,
+    ) -> Option<(Incoming, Place)> {
+        if !incoming.remote_address_validated() {
+            if incoming.may_retry() {
+                // It may: that is what this branch asks.
+                let _ = incoming.retry();
+            } else {
+                incoming.ignore();
+            }
+            return None;
+        }
+        let entered = self.enter(shown(incoming.remote_address()).ip());
+        match entered {
+            Ok(place) if has_room => return Some((incoming, place)),
+            // Not answered: it asks again within a second or two, when there may be a place.
+            Err(Full::Address) => incoming.ignore(),
+            Err(Full::All) => incoming.refuse(),
+            Ok(_) => {
+                self.state().refused += 1;
+                incoming.refuse();
+            }
+        }
+        self.say_refusals(now_ns);
+        None
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        state.taken -= 1;
+        let left = state.places.remove(&self.address).unwrap_or_default().saturating_sub(1);
+        if left > 0 {
+            state.places.insert(self.address, left);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: i64 = 1_000_000_000;
+
+    fn address(last: u8) -> IpAddr {
+        [192, 0, 2, last].into()
+    }
+
+    #[test]
+    fn one_address_cannot_take_the_places_of_the_others() {
+        let gate = Gate::new("test", 2, 3);
+        let first = gate.enter(address(1)).unwrap();
+        let _second = gate.enter(address(1)).unwrap();
+        assert_eq!(gate.enter(address(1)).unwrap_err(), Full::Address);
+        let _other = gate.enter(address(2)).unwrap();
+        assert_eq!(gate.enter(address(3)).unwrap_err(), Full::All);
+        drop(first);
+        let _third = gate.enter(address(1)).unwrap();
+        assert_eq!(gate.enter(address(1)).unwrap_err(), Full::Address);
+    }
+
+    #[test]
+    fn places_that_are_left_are_forgotten() {
+        let gate = Gate::new("test", 2, 3);
+        drop((gate.enter(address(1)).unwrap(), gate.enter(address(1)).unwrap()));
+        assert!(gate.state().places.is_empty());
+        assert_eq!(gate.state().taken, 0);
+    }
+
+    #[test]
+    fn refusals_are_said_once_a_second_and_none_is_forgotten() {
+        let gate = Gate::new("test", 0, 0);
+        assert_eq!(gate.refusals(0), None);
+        gate.enter(address(1)).unwrap_err();
+        assert_eq!(gate.refusals(SECOND), Some(1));
+        gate.enter(address(1)).unwrap_err();
+        gate.enter(address(2)).unwrap_err();
+        assert_eq!(gate.refusals(2 * SECOND - 1), None);
+        assert!(gate.has_unsaid());
+        assert_eq!(gate.refusals(2 * SECOND), Some(2));
+        assert!(!gate.has_unsaid());
+    }
+}
