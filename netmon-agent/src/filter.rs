@@ -1,6 +1,7 @@
 //! The filter list in force, and the file that it comes from.
 //!
-//! A file that changes is read again. A bad one is refused, and the last good list stays in force: while the
+//! A file that changes is read again once it rests: somebody may be writing it in place, and half a list could be
+//! a good one that means something else. A bad one is refused, and the last good list stays in force: while the
 //! agent runs, and, from a copy in the state directory, also when it starts.
 
 use std::fs::Metadata;
@@ -33,6 +34,15 @@ pub enum FilterError {
         /// Which line, and what to write.
         problem: PrefixError,
     },
+    /// The last line may be half a line: `192.0.0.0/1` of `192.0.0.0/16`.
+    #[error(
+        "the filter list {}, the last line has no line end: is the file still being written?",
+        file.display()
+    )]
+    Torn {
+        /// The file.
+        file: PathBuf,
+    },
 }
 
 /// Follows one filter list.
@@ -40,7 +50,10 @@ pub enum FilterError {
 pub struct FilterFile {
     file: Option<PathBuf>,
     last_good: PathBuf,
-    seen: Option<Identity>,
+    /// The version that was read last; `None`: there was no file.
+    read: Option<Identity>,
+    /// The version that the last poll saw.
+    polled: Option<Identity>,
 }
 
 /// Tells one version of a file from another without reading it.
@@ -70,7 +83,7 @@ pub struct AtStart {
 impl FilterFile {
     /// Follows `file`, or uses the list that came with this netmon. `state` keeps the last good list.
     pub fn new(file: Option<PathBuf>, state: &Path) -> Self {
-        Self { file, last_good: state.join("ip.txt.last-good"), seen: None }
+        Self { file, last_good: state.join("ip.txt.last-good"), read: None, polled: None }
     }
 
     /// The list to start with.
@@ -88,10 +101,13 @@ impl FilterFile {
         }
     }
 
-    /// A new list, or why it was refused, if the file changed since it was last looked at. Costs one `stat`.
+    /// A new list, or why it was refused, if the file changed since it was read and the poll before this one saw
+    /// the same change: call it once a second, so that a file which is being written is left alone meanwhile. Costs
+    /// one `stat`.
     pub fn poll(&mut self) -> Option<Result<PrefixList, FilterError>> {
         let now = std::fs::metadata(self.file.as_ref()?).ok().map(Identity::from);
-        (now != self.seen).then(|| self.read())
+        let before = std::mem::replace(&mut self.polled, now);
+        (now != self.read && now == before).then(|| self.read())
     }
 
     /// The list as it stands in the file, without keeping anything.
@@ -112,7 +128,8 @@ impl FilterFile {
 
     fn read(&mut self) -> Result<PrefixList, FilterError> {
         // Before reading, so that a change while reading is seen next time.
-        self.seen = self.file.as_ref().and_then(|file| std::fs::metadata(file).ok()).map(Identity::from);
+        self.read = self.file.as_ref().and_then(|file| std::fs::metadata(file).ok()).map(Identity::from);
+        self.polled = self.read;
         let (list, text) = self.parse()?;
         if self.file.is_some()
             && let Err(error) = keep(&self.last_good, &text)
@@ -132,8 +149,9 @@ impl FilterFile {
             None => (PathBuf::from("ip.txt (built in)"), BUILT_IN.to_owned()),
         };
         match PrefixList::parse(&text) {
-            Ok(list) => Ok((list, text)),
             Err(problem) => Err(FilterError::Line { file, problem }),
+            Ok(_) if !text.is_empty() && !text.ends_with('\n') => Err(FilterError::Torn { file }),
+            Ok(list) => Ok((list, text)),
         }
     }
 }
@@ -178,6 +196,7 @@ mod tests {
         assert_eq!(filter.start().unwrap().list.len(), 1);
         assert!(filter.poll().is_none());
         replace(&file, "[a]\n192.0.2.0/24\n198.51.100.0/24\n");
+        assert!(filter.poll().is_none());
         assert_eq!(filter.poll().unwrap().unwrap().len(), 2);
         assert!(filter.poll().is_none());
     }
@@ -187,11 +206,42 @@ mod tests {
         let (_directory, file, mut filter) = setup(GOOD);
         filter.start().unwrap();
         replace(&file, "[a]\nnonsense\n");
+        assert!(filter.poll().is_none());
         let error = filter.poll().unwrap().unwrap_err().to_string();
         assert!(error.contains("ip.txt, line 2: `nonsense` is not a prefix"), "{error}");
         assert!(filter.poll().is_none());
         std::fs::remove_file(&file).unwrap();
+        assert!(filter.poll().is_none());
         assert!(matches!(filter.poll(), Some(Err(FilterError::Read { .. }))));
+    }
+
+    #[test]
+    fn a_file_that_is_being_written_in_place_is_left_alone_until_it_rests() {
+        let (_directory, file, mut filter) = setup(GOOD);
+        filter.start().unwrap();
+        for part in ["", "[a]\n", "[a]\n128.0.0.0/1", "[a]\n128.0.0.0/16\n"] {
+            std::fs::write(&file, part).unwrap();
+            assert!(filter.poll().is_none(), "{part:?}");
+        }
+        assert_eq!(filter.poll().unwrap().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_last_line_without_its_end_is_refused_whenever_it_is_read() {
+        let (directory, file, mut filter) = setup("[a]\n128.0.0.0/1");
+        let said = |error: FilterError| error.to_string();
+        let expected = format!(
+            "the filter list {}, the last line has no line end: is the file still being written?",
+            file.display()
+        );
+        assert_eq!(said(filter.check().unwrap_err()), expected);
+        assert_eq!(said(filter.start().unwrap_err()), expected);
+        replace(&file, GOOD);
+        let mut filter = FilterFile::new(Some(file.clone()), directory.path());
+        filter.start().unwrap();
+        replace(&file, "[a]\n128.0.0.0/1");
+        assert!(filter.poll().is_none());
+        assert_eq!(said(filter.poll().unwrap().unwrap_err()), expected);
     }
 
     #[test]

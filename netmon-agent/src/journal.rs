@@ -4,7 +4,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use jiff::tz::TimeZone;
@@ -37,7 +37,8 @@ impl Journal {
     /// Writes the record's line where it belongs.
     ///
     /// # Errors
-    /// What the file system said, once per call; a line that could not be written is not written later.
+    /// What the file system said, once per call; a line that could not be written is not written later. A file that
+    /// cannot begin anew goes on beyond its limit: the line is in it then.
     pub fn write(&mut self, record: &Record) -> io::Result<()> {
         let line = logline::line(record, &self.zone) + "\n";
         let log = self.log.write(line.as_bytes());
@@ -52,12 +53,14 @@ struct LogFile {
     file: File,
     length: u64,
     max_bytes: u64,
+    /// True while the file cannot begin anew: said once.
+    stuck: bool,
 }
 
 impl LogFile {
     fn open(path: PathBuf, max_bytes: u64) -> io::Result<Self> {
         let (file, length) = open_append(&path)?;
-        let mut this = Self { path, file, length, max_bytes };
+        let mut this = Self { path, file, length, max_bytes, stuck: false };
         this.mend_last_line()?;
         Ok(this)
     }
@@ -76,11 +79,45 @@ impl LogFile {
     }
 
     fn write(&mut self, line: &[u8]) -> io::Result<()> {
+        self.follow_path()?;
         if self.length > 0 && self.length + line.len() as u64 > self.max_bytes {
-            std::fs::rename(&self.path, self.path.with_added_extension("1"))?;
-            (self.file, self.length) = open_append(&self.path)?;
+            // The line is not lost for that: the file that is open takes it, and the next line tries again.
+            let begun = self.begin_anew();
+            if let Err(error) = &begun
+                && !self.stuck
+            {
+                tracing::error!(%error, file = %self.path.display(), "a log cannot begin anew and goes on beyond its limit");
+            }
+            self.stuck = begun.is_err();
         }
         self.append(line)
+    }
+
+    /// Makes the open file the one that the path names: somebody may have moved or removed it.
+    fn follow_path(&mut self) -> io::Result<()> {
+        if self.is_open_file()? {
+            return Ok(());
+        }
+        if let Some(directory) = self.path.parent() {
+            std::fs::create_dir_all(directory)?;
+        }
+        (self.file, self.length) = open_append(&self.path)?;
+        self.mend_last_line()
+    }
+
+    fn begin_anew(&mut self) -> io::Result<()> {
+        std::fs::rename(&self.path, self.path.with_added_extension("1"))?;
+        (self.file, self.length) = open_append(&self.path)?;
+        Ok(())
+    }
+
+    fn is_open_file(&self) -> io::Result<bool> {
+        let open = self.file.metadata()?;
+        match std::fs::metadata(&self.path) {
+            Ok(named) => Ok((named.dev(), named.ino()) == (open.dev(), open.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn append(&mut self, line: &[u8]) -> io::Result<()> {
@@ -143,5 +180,48 @@ mod tests {
         journal.write(&record(Event::AgentStopped)).unwrap();
         let text = std::fs::read_to_string(directory.path().join("log.txt")).unwrap();
         assert_eq!(text, "torn\n1970-01-01T00:00:00.000+00:00 agent stopped\n");
+    }
+
+    fn stops(journal: &mut Journal, count: usize) -> usize {
+        (0..count).filter(|_| journal.write(&record(Event::AgentStopped)).is_ok()).count()
+    }
+
+    fn lines(path: PathBuf) -> usize {
+        std::fs::read_to_string(path).map_or(0, |text| text.lines().count())
+    }
+
+    #[test]
+    fn a_log_that_somebody_removed_is_written_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let logs = directory.path().join("logs");
+        let mut journal = Journal::open(&logs, 1 << 20, TimeZone::UTC).unwrap();
+        stops(&mut journal, 1);
+        std::fs::remove_file(logs.join("log.txt")).unwrap();
+        assert_eq!((stops(&mut journal, 6), lines(logs.join("log.txt"))), (6, 6));
+        std::fs::remove_dir_all(&logs).unwrap();
+        assert_eq!((stops(&mut journal, 2), lines(logs.join("log.txt"))), (2, 2));
+    }
+
+    #[test]
+    fn a_log_that_somebody_moved_begins_anew_in_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(directory.path(), 1 << 20, TimeZone::UTC).unwrap();
+        stops(&mut journal, 1);
+        std::fs::rename(directory.path().join("log.txt"), directory.path().join("moved")).unwrap();
+        assert_eq!(stops(&mut journal, 2), 2);
+        let counts = ["moved", "log.txt"].map(|name| lines(directory.path().join(name)));
+        assert_eq!(counts, [1, 2]);
+    }
+
+    #[test]
+    fn a_log_that_cannot_begin_anew_loses_no_line_and_does_so_later() {
+        let directory = tempfile::tempdir().unwrap();
+        let in_the_way = directory.path().join("log.txt.1");
+        std::fs::create_dir(&in_the_way).unwrap();
+        let mut journal = Journal::open(directory.path(), 100, TimeZone::UTC).unwrap();
+        assert_eq!((stops(&mut journal, 4), lines(directory.path().join("log.txt"))), (4, 4));
+        std::fs::remove_dir(&in_the_way).unwrap();
+        assert_eq!((stops(&mut journal, 1), lines(directory.path().join("log.txt"))), (1, 1));
+        assert_eq!(lines(in_the_way), 4);
     }
 }
