@@ -2,9 +2,8 @@
 
 use std::{io, path::PathBuf};
 
-use netmon_common::raw::Escaped;
-
 use aya::{EbpfError, maps::MapError, pin::PinError, programs::ProgramError};
+use netmon_common::raw::Escaped;
 
 /// An action at the kernel's border that failed. The cause is in `source`.
 #[derive(Debug, thiserror::Error)]
@@ -172,4 +171,18 @@ pub enum KernelError {
         /// Why not.
         source: io::Error,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hostile_interface_name_cannot_steer_a_terminal() {
+        let error = KernelError::XdpBusy { interface: "v\x1b[2J".to_owned() };
+        assert_eq!(
+            error.to_string(),
+            r"interface v\u{1b}[2J already has an XDP program; remove it or use the TC mode"
+        );
+    }
 }
