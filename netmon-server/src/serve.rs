@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use jiff::tz::TimeZone;
 use netmon_common::{enroll, wire};
 use notify::{RecursiveMode, Watcher as _};
@@ -34,6 +34,9 @@ pub fn run(
     enroll_listen: Option<SocketAddr>,
 ) -> anyhow::Result<()> {
     data.check_initialised()?;
+    if let Some(address) = listen.filter(|address| address.port() != 0 && enroll_listen == Some(*address)) {
+        bail!("--listen and --enroll-listen are both {address}; give them different ports");
+    }
     let _lock = data.lock()?;
     let ca = data.ca()?;
     let (certificate, key) = data.server_identity()?;
