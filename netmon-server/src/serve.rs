@@ -78,8 +78,12 @@ pub fn run(
         let collector = Arc::new(Collector::new(writer.clone()));
         let collecting =
             tokio::spawn(collector.run(event_endpoint.clone(), stopped.clone(), allow_list_changed));
-        let enrollment =
-            Enrollment { ca, writer, event_port: event_address.port(), zone: TimeZone::system() };
+        let enrollment = Enrollment {
+            ca,
+            writer: writer.clone(),
+            event_port: event_address.port(),
+            zone: TimeZone::system(),
+        };
         let enrolling = tokio::spawn(Arc::new(enrollment).run(enrolment_endpoint.clone(), stopped));
         tracing::info!(
             "netmon-server listening: events udp {event_address}, enrolment udp {enrolment_address}"
@@ -88,7 +92,10 @@ pub fn run(
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            // Who stores nothing must not look alive: the reason is below, at the thread's end.
+            () = writer.ended() => tracing::error!("the writing thread ended: nothing can be stored"),
         }
+        drop(writer);
         tracing::info!("stopping");
         // Conversations end after the batch at hand; with the last of them the writer has no more work.
         stop.send_replace(true);
