@@ -79,8 +79,13 @@ fn an_empty_variable_counts_as_unset() {
 fn a_second_server_on_the_same_directory_is_refused() {
     let data = initialised();
     let _server = Server::start(data.path());
-    let said = fails(data.path(), &["run", "--listen", "127.0.0.1:0", "--enroll-listen", "127.0.0.1:0"], 1);
-    assert!(said.contains("another netmon-server (process "), "{said}");
+    let arguments = ["run", "--listen", "127.0.0.1:0", "--enroll-listen", "127.0.0.1:0"];
+    let said = fails(data.path(), &arguments, 1);
+    assert!(said.contains("another netmon-server (process ") && !said.contains("unknown"), "{said}");
+    std::fs::remove_file(data.path().join("lock")).unwrap();
+    let said = fails(data.path(), &arguments, 1);
+    assert!(said.contains("another netmon-server (process unknown)"), "{said}");
+    assert!(netmon_server::datadir::DataDir::new(data.path()).is_running());
 }
 
 #[test]
