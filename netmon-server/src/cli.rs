@@ -3,7 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::builder::Resettable;
+use clap::{Arg, Args, CommandFactory as _, Parser, Subcommand};
 use netmon_common::{enroll, wire};
 
 use crate::tokens;
@@ -29,6 +30,13 @@ pub struct Cli {
     /// What to do
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// The command line as clap knows it. An environment variable that is empty counts as unset.
+pub fn command() -> clap::Command {
+    let is_empty = |arg: &Arg| arg.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
+    let unset = |arg: Arg| if is_empty(&arg) { arg.env(Resettable::Reset) } else { arg };
+    Cli::command().mut_args(unset).mut_subcommand("run", |run| run.mut_args(unset))
 }
 
 /// What to do.
@@ -137,8 +145,6 @@ fn address(text: &str, port: u16) -> Result<SocketAddr, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     #[test]

@@ -6,7 +6,7 @@
 //! store.sqlite                 every event, the agents, the tokens
 //! logs/<seat>/log.txt usb.log  readable logs, derived from the store: delete them and they are written anew
 //! control/allow-list           touched when an agent is revoked, so that a running server looks at once
-//! lock                         locked by the server that runs
+//! lock                         says which server runs; the directory itself is what it locks
 //! ```
 
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -15,7 +15,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::fs::{FlockOperation, fcntl_lock, flock};
 use rustix::io::Errno;
 use rustix::process::{Flock, FlockOffsetType, FlockType, Pid, fcntl_getlk};
 use rustls::pki_types::pem::PemObject as _;
@@ -90,7 +90,7 @@ pub struct DataDir(PathBuf);
 
 /// Held while a server runs; the lock ends with the process, however that ends.
 #[derive(Debug)]
-pub struct RunLock(#[expect(dead_code, reason = "the open file holds the lock")] File);
+pub struct RunLock(#[expect(dead_code, reason = "the open files hold the locks")] [File; 2]);
 
 impl DataDir {
     /// The directory at `path`, whether it exists or not.
@@ -180,18 +180,36 @@ impl DataDir {
         Ok((certificate, key))
     }
 
-    /// Takes the directory for this process. To be called once in a process: the lock is a record lock.
+    /// Takes the directory for this process: the directory itself, which no cleaning up takes away. To be called once
+    /// in a process: the lock on the file `lock` beside it, which names the process to others, is a record lock.
     ///
     /// # Errors
     /// [`DataDirError::Running`] when another one has it.
     pub fn lock(&self) -> Result<RunLock, DataDirError> {
+        let directory = File::open(&self.0).map_err(|source| DataDirError::Read {
+            path: self.0.clone(),
+            hint: hint(&source),
+            source,
+        })?;
         let path = self.lock_path();
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                let pid = File::open(&path).ok().and_then(|file| holder(&file));
+                let pid = pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
+                return Err(DataDirError::Running { path: self.0.clone(), pid });
+            }
+            Err(error) => {
+                let source = io::Error::from(error);
+                return Err(DataDirError::Write { path: self.0.clone(), hint: hint(&source), source });
+            }
+        }
         let write_error = |source| DataDirError::Write { path: path.clone(), hint: hint(&source), source };
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(&path).map_err(write_error)?;
         match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(RunLock(file)),
+            Ok(()) => Ok(RunLock([directory, file])),
             Err(Errno::AGAIN | Errno::ACCESS) => {
                 let pid = holder(&file).map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
                 Err(DataDirError::Running { path: self.0.clone(), pid })
@@ -202,7 +220,13 @@ impl DataDir {
 
     /// Does a server run here? Asks without taking the lock, so it is in nobody's way.
     pub fn is_running(&self) -> bool {
-        File::open(self.lock_path()).is_ok_and(|file| holder(&file).is_some())
+        match File::open(self.lock_path()) {
+            Ok(file) => holder(&file).is_some(),
+            // Somebody deleted it. Whoever holds the directory does not let it be shared, even for this moment.
+            Err(_) => File::open(&self.0).is_ok_and(|file| {
+                flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
+            }),
+        }
     }
 
     fn lock_path(&self) -> PathBuf {

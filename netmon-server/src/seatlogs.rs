@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use jiff::tz::TimeZone;
-use rusqlite::Connection;
+use rusqlite::{Connection, Transaction, TransactionBehavior};
 
 use crate::datadir::{DataDirError, hint, make_dir};
 use crate::render;
@@ -61,6 +61,17 @@ struct State {
     log: SeatLog,
 }
 
+impl State {
+    /// Brings the files to the disk; how far they go.
+    fn sync(&self) -> Result<SeatLog, SeatLogError> {
+        for name in [LOG, USB_LOG] {
+            let path = self.directory.join(name);
+            File::open(&path).and_then(|file| file.sync_data()).map_err(write_error(&path))?;
+        }
+        Ok(self.log)
+    }
+}
+
 impl SeatLogs {
     /// Logs below `directory`, with times in `zone`.
     pub fn new(directory: PathBuf, zone: TimeZone) -> Self {
@@ -79,22 +90,41 @@ impl SeatLogs {
         result
     }
 
-    /// Syncs what was written, and remembers in the store how far that is.
+    /// Syncs what was written, and remembers in the store how far that is. A file that is missing is written anew; a
+    /// seat that fails does not keep the others from being saved.
     ///
     /// # Errors
-    /// [`SeatLogError`]; a later call makes up for it.
+    /// The last [`SeatLogError`]; a later call makes up for it.
     pub fn save(&mut self, conn: &Connection) -> Result<(), SeatLogError> {
+        let mut result = Ok(());
+        let mut saved = Vec::new();
         for agent in self.unsaved.clone() {
-            if let Some(State { directory, log }) = self.states.get(&agent) {
-                for name in [LOG, USB_LOG] {
-                    let path = directory.join(name);
-                    File::open(&path).and_then(|file| file.sync_data()).map_err(write_error(&path))?;
+            match self.sync(conn, agent) {
+                Ok(Some(log)) => saved.push((agent, log)),
+                // Without a state there is nothing to save.
+                Ok(None) => {
+                    self.unsaved.remove(&agent);
                 }
-                store::save_seat_log(conn, agent, *log)?;
+                Err(error) => result = Err(error),
             }
-            self.unsaved.remove(&agent);
         }
-        Ok(())
+        let tx = Transaction::new_unchecked(conn, TransactionBehavior::Immediate)?;
+        for (agent, log) in &saved {
+            store::save_seat_log(&tx, *agent, *log)?;
+        }
+        tx.commit()?;
+        self.unsaved.retain(|agent| saved.iter().all(|(done, _)| done != agent));
+        result
+    }
+
+    fn sync(&mut self, conn: &Connection, agent: AgentId) -> Result<Option<SeatLog>, SeatLogError> {
+        match self.states.get(&agent).map(State::sync) {
+            Some(Err(SeatLogError::Write { source, .. })) if source.kind() == io::ErrorKind::NotFound => {
+                self.update(conn, agent)?;
+                self.states.get(&agent).map(State::sync).transpose()
+            }
+            result => result.transpose(),
+        }
     }
 
     /// True when [`SeatLogs::save`] has something to do.
@@ -263,6 +293,38 @@ mod tests {
         std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
         room.fresh().update(room.store.conn(), room.agent).unwrap();
         assert_eq!(room.read(LOG), watching(1..=1500));
+    }
+
+    #[test]
+    fn a_seat_whose_log_is_missing_or_stuck_does_not_keep_the_others_from_being_saved() {
+        let room = Room::new();
+        let (mut logs, conn) = (room.fresh(), room.store.conn());
+        let add = |n: u8| {
+            conn.execute(
+                "INSERT INTO agents (uuid, seat, spki_sha256, hostname, enrolled_ns) VALUES (?1, ?2, ?1, x'', 0)",
+                rusqlite::params![[n + 50; 16], format!("other-{n}")],
+            )
+            .unwrap();
+            AgentId(conn.last_insert_rowid())
+        };
+        let others = [1, 2].map(add);
+        for agent in [room.agent, others[0], others[1]] {
+            room.store.append(agent, 1, 1..=2);
+            logs.update(conn, agent).unwrap();
+        }
+        std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
+        std::fs::remove_dir_all(room.logs.join("other-1")).unwrap();
+        std::fs::write(room.logs.join("other-1"), "a file in the way").unwrap();
+        assert!(logs.save(conn).is_err());
+        let saved =
+            [room.agent, others[0], others[1]].map(|agent| store::seat_log(conn, agent).unwrap().next_n);
+        assert_eq!(saved, [3, 1, 3]);
+        assert_eq!(room.read(LOG), watching(1..=2));
+        assert!(logs.is_unsaved());
+        std::fs::remove_file(room.logs.join("other-1")).unwrap();
+        logs.save(conn).unwrap();
+        assert!(!logs.is_unsaved());
+        assert_eq!(store::seat_log(conn, others[0]).unwrap().next_n, 3);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use jiff::tz::TimeZone;
 use netmon_common::{enroll, wire};
 use notify::{RecursiveMode, Watcher as _};
@@ -34,6 +34,9 @@ pub fn run(
     enroll_listen: Option<SocketAddr>,
 ) -> anyhow::Result<()> {
     data.check_initialised()?;
+    if let Some(address) = listen.filter(|address| address.port() != 0 && enroll_listen == Some(*address)) {
+        bail!("--listen and --enroll-listen are both {address}; give them different ports");
+    }
     let _lock = data.lock()?;
     let ca = data.ca()?;
     let (certificate, key) = data.server_identity()?;
@@ -75,8 +78,12 @@ pub fn run(
         let collector = Arc::new(Collector::new(writer.clone()));
         let collecting =
             tokio::spawn(collector.run(event_endpoint.clone(), stopped.clone(), allow_list_changed));
-        let enrollment =
-            Enrollment { ca, writer, event_port: event_address.port(), zone: TimeZone::system() };
+        let enrollment = Enrollment {
+            ca,
+            writer: writer.clone(),
+            event_port: event_address.port(),
+            zone: TimeZone::system(),
+        };
         let enrolling = tokio::spawn(Arc::new(enrollment).run(enrolment_endpoint.clone(), stopped));
         tracing::info!(
             "netmon-server listening: events udp {event_address}, enrolment udp {enrolment_address}"
@@ -85,7 +92,10 @@ pub fn run(
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
+            // Who stores nothing must not look alive: the reason is below, at the thread's end.
+            () = writer.ended() => tracing::error!("the writing thread ended: nothing can be stored"),
         }
+        drop(writer);
         tracing::info!("stopping");
         // Conversations end after the batch at hand; with the last of them the writer has no more work.
         stop.send_replace(true);

@@ -85,6 +85,11 @@ impl Writer {
         self.jobs.send(Job { agent, work }).await.map_err(|_| Unavailable)?;
         answer.await.map_err(|_| Unavailable)
     }
+
+    /// Returns when the thread has ended, though this asks for more: it panicked, and nothing is stored any more.
+    pub async fn ended(&self) {
+        self.jobs.closed().await;
+    }
 }
 
 /// Why a group was not committed.
@@ -217,13 +222,8 @@ impl Thread {
 
     fn save_logs(&mut self) {
         self.state.saved_ns = clock::wall_ns();
-        let Some(store) = &mut self.store else { return };
-        let mut save = || -> Result<(), crate::seatlogs::SeatLogError> {
-            let tx = store.begin()?;
-            self.logs.save(&tx)?;
-            Ok(tx.commit()?)
-        };
-        if let Err(error) = save() {
+        let Some(store) = &self.store else { return };
+        if let Err(error) = self.logs.save(store.conn()) {
             self.note_logs(Some(error));
         }
     }
@@ -285,6 +285,19 @@ mod tests {
         assert_eq!(count(room.conn()), 2);
         drop(writer);
         thread.join().unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_panic_of_the_thread_is_noticed() {
+        let room = Fixture::new();
+        let path = room.path().join("store.sqlite");
+        let logs = SeatLogs::new(room.path().join("logs"), TimeZone::UTC);
+        let (writer, thread) =
+            Writer::spawn(path.clone(), Store::open(&path).unwrap(), logs, Handle::current()).unwrap();
+        let result = writer.run(None, |_| -> rusqlite::Result<()> { panic!("on purpose") }).await;
+        assert_eq!(result, Err(Unavailable));
+        timeout(Duration::from_secs(30), writer.ended()).await.unwrap();
+        assert!(thread.join().is_err());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

@@ -2,7 +2,10 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write as _};
-use std::sync::mpsc;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use jiff::tz::TimeZone;
@@ -10,12 +13,14 @@ use notify::{RecursiveMode, Watcher as _};
 
 use super::{find, open, read_failed};
 use crate::cli::Log;
-use crate::datadir::{DataDir, make_dir};
+use crate::datadir::DataDir;
 use crate::render;
 use crate::store::{self, AgentId, Store};
 
 /// Items that are read at once.
 const PAGE: usize = 1000;
+/// With `--follow`: how often the store is looked into where no event says that something is new.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Prints a seat's history and, with `--follow`, what comes after it.
 pub fn log(data: &DataDir, options: &Log) -> anyhow::Result<()> {
@@ -26,8 +31,6 @@ pub fn log(data: &DataDir, options: &Log) -> anyhow::Result<()> {
         return printer.print_first(options.lines).map(drop);
     }
     // The server writes the seat's log after each commit: that wakes this. Watched first, so nothing is missed.
-    let directory = data.logs().join(&agent.seat);
-    make_dir(&directory)?;
     let (wake, woken) = mpsc::channel();
     let on_event = move |event: notify::Result<notify::Event>| {
         if event.map_or(true, |event| !event.kind.is_access()) {
@@ -35,18 +38,52 @@ pub fn log(data: &DataDir, options: &Log) -> anyhow::Result<()> {
             let _ = wake.send(());
         }
     };
-    let mut watcher = notify::recommended_watcher(on_event).context("cannot use inotify")?;
-    watcher
-        .watch(&directory, RecursiveMode::NonRecursive)
-        .with_context(|| format!("cannot watch {}", directory.display()))?;
+    let watcher = notify::recommended_watcher(on_event).context("cannot use inotify")?;
+    let mut watch = Watch { watcher, watched: None };
+    watch.renew(&data.logs().join(&agent.seat));
     let mut is_read = printer.print_first(options.lines)?;
     while is_read {
-        woken.recv().context("inotify ended")?;
+        // Deleted, replaced, renamed: no event tells all of it, so this looks on its own, too.
+        match woken.recv_timeout(LOOK_EVERY) {
+            Ok(()) | Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => anyhow::bail!("inotify ended"),
+        }
         // One look serves all that woke so far.
         while woken.try_recv().is_ok() {}
+        watch.renew(&data.logs().join(printer.seat()?));
         is_read = printer.print_new()?;
     }
     Ok(())
+}
+
+/// Watches the directory of a seat's log, or the one above while it is missing. It makes nothing: it may run as
+/// another user than the server.
+struct Watch {
+    watcher: notify::RecommendedWatcher,
+    /// Path, device and inode.
+    watched: Option<(PathBuf, u64, u64)>,
+}
+
+impl Watch {
+    /// Watches what is at `directory` now. What cannot be watched is looked at every second.
+    fn renew(&mut self, directory: &Path) {
+        let there = directory.ancestors().take(2).find_map(|path| {
+            let metadata = path.metadata().ok()?;
+            Some((path.to_owned(), metadata.dev(), metadata.ino()))
+        });
+        if self.watched == there {
+            return;
+        }
+        if let Some((path, ..)) = self.watched.take() {
+            // A directory that is gone took its watch along.
+            let _ = self.watcher.unwatch(&path);
+        }
+        if let Some(there) = there
+            && self.watcher.watch(&there.0, RecursiveMode::NonRecursive).is_ok()
+        {
+            self.watched = Some(there);
+        }
+    }
 }
 
 struct Printer<'a> {
@@ -74,6 +111,13 @@ impl Printer<'_> {
             newest.drain(..newest.len().saturating_sub(keep));
         }
         print(newest)
+    }
+
+    /// The label of the seat now: a revoked agent's may change.
+    fn seat(&self) -> anyhow::Result<String> {
+        let agent =
+            store::agent_by_id(self.store.conn(), self.agent).with_context(|| read_failed(self.data))?;
+        Ok(agent.context("the agent is no longer in the store")?.seat)
     }
 
     /// Prints what is new; false when nobody reads any more.

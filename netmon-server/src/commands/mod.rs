@@ -61,7 +61,8 @@ fn token(data: &DataDir, options: &Token) -> anyhow::Result<()> {
     let until = logline::time(stored.expires_ns, &TimeZone::system());
     // On stderr: stdout is the one line to copy.
     eprintln!("Enrols {pcs}, until {until}. On the PC:");
-    print(&format!("echo {token} | sudo netmon-agent enroll --token-file -\n"))
+    // Quoted: the brackets of an IPv6 address are a pattern to the shell.
+    print(&format!("echo '{token}' | sudo netmon-agent enroll --token-file -\n"))
 }
 
 fn agents(data: &DataDir, as_json: bool) -> anyhow::Result<()> {

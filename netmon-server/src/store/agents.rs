@@ -217,9 +217,10 @@ pub fn is_allowed(conn: &Connection, id: AgentId) -> rusqlite::Result<bool> {
     conn.prepare_cached("SELECT 1 FROM agents WHERE id = ?1 AND revoked_ns IS NULL")?.exists([id.0])
 }
 
-/// The agents that `name` means: the one with that label, else all whose UUID starts with it.
+/// The agents that `name` means: the one with that label, whatever its case, else all whose UUID starts with it.
 pub fn find_seat(conn: &Connection, name: &str) -> rusqlite::Result<Vec<Agent>> {
-    let mut exact = conn.prepare_cached("SELECT id, uuid, seat, revoked_ns FROM agents WHERE seat = ?1")?;
+    let mut exact =
+        conn.prepare_cached("SELECT id, uuid, seat, revoked_ns FROM agents WHERE seat = ?1 COLLATE NOCASE")?;
     if let Some(found) = exact.query_row([name], agent).optional()? {
         return Ok(vec![found]);
     }

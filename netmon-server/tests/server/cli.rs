@@ -58,11 +58,34 @@ fn a_port_in_use_is_named_with_what_to_do() {
 }
 
 #[test]
+fn the_same_port_for_both_is_named_as_such() {
+    let data = initialised();
+    let said = fails(data.path(), &["run", "--listen", "127.0.0.1:9", "--enroll-listen", "127.0.0.1:9"], 1);
+    assert!(said.contains("both 127.0.0.1:9") && said.contains("different ports"), "{said}");
+}
+
+#[test]
+fn an_empty_variable_counts_as_unset() {
+    let data = initialised();
+    let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mut command =
+        command(data.path(), &["run", "--enroll-listen", &taken.local_addr().unwrap().to_string()]);
+    command.env("NETMON_SERVER_LISTEN", "").env("NETMON_SERVER_DATA", "");
+    let said = stderr(&command.output().unwrap());
+    assert!(said.contains("in use by another program"), "{said}");
+}
+
+#[test]
 fn a_second_server_on_the_same_directory_is_refused() {
     let data = initialised();
     let _server = Server::start(data.path());
-    let said = fails(data.path(), &["run", "--listen", "127.0.0.1:0", "--enroll-listen", "127.0.0.1:0"], 1);
-    assert!(said.contains("another netmon-server (process "), "{said}");
+    let arguments = ["run", "--listen", "127.0.0.1:0", "--enroll-listen", "127.0.0.1:0"];
+    let said = fails(data.path(), &arguments, 1);
+    assert!(said.contains("another netmon-server (process ") && !said.contains("unknown"), "{said}");
+    std::fs::remove_file(data.path().join("lock")).unwrap();
+    let said = fails(data.path(), &arguments, 1);
+    assert!(said.contains("another netmon-server (process unknown)"), "{said}");
+    assert!(netmon_server::datadir::DataDir::new(data.path()).is_running());
 }
 
 #[test]
@@ -89,7 +112,7 @@ fn a_token_is_one_line_to_copy_and_only_its_hash_is_kept() {
     let data = initialised();
     let said = success(data.path(), &["token", "--address", "192.0.2.7"]);
     let token =
-        said.strip_prefix("echo ").unwrap().strip_suffix(" | sudo netmon-agent enroll --token-file -\n");
+        said.strip_prefix("echo '").unwrap().strip_suffix("' | sudo netmon-agent enroll --token-file -\n");
     let parsed: netmon_common::enroll::Token = token.unwrap().parse().unwrap();
     assert_eq!(parsed.address, "192.0.2.7:7444");
     let raw = success(data.path(), &["token", "--address", "192.0.2.7", "--raw"]);

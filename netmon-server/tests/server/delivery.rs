@@ -1,6 +1,6 @@
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::sync::mpsc;
 
 use netmon_common::wire::{ToAgent, VERSION};
@@ -335,18 +335,65 @@ async fn follow_shows_events_as_they_arrive() {
     let agent = room.agent("pc").await;
     let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
     session.batch(EPOCH, 1..=2).await.unwrap();
-    let arguments = ["log", "pc", "--follow", "--lines", "1"];
-    let mut follower = command(room.path(), &arguments).stdout(Stdio::piped()).spawn().unwrap();
-    let stdout = BufReader::new(follower.stdout.take().unwrap());
-    let (sender, lines) = mpsc::channel();
-    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    let (follower, lines) = follow(room.path(), &["--lines", "1"]);
     assert_eq!(numbers(&wait_for(&lines, "")), [2]);
     for seq in 3..=5 {
         session.batch(EPOCH, seq..=seq).await.unwrap();
         assert_eq!(numbers(&wait_for(&lines, "")), [seq]);
     }
+    end(follower);
+}
+
+fn follow(data: &Path, more: &[&str]) -> (Child, mpsc::Receiver<String>) {
+    let mut arguments = vec!["log", "pc", "--follow"];
+    arguments.extend(more);
+    let mut follower = command(data, &arguments).stdout(Stdio::piped()).spawn().unwrap();
+    let stdout = BufReader::new(follower.stdout.take().unwrap());
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    (follower, lines)
+}
+
+fn end(mut follower: Child) {
     follower.kill().unwrap();
     follower.wait().unwrap();
+}
+
+#[tokio::test]
+async fn follow_goes_on_when_the_readable_log_is_deleted() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=1).await.unwrap();
+    let (follower, lines) = follow(room.path(), &[]);
+    assert_eq!(numbers(&wait_for(&lines, "")), [1]);
+    let directory = room.path().join("logs/pc");
+    for seq in 2..=6 {
+        match seq {
+            2 | 4 => std::fs::remove_dir_all(&directory).unwrap(),
+            3 => std::fs::remove_file(directory.join("log.txt")).unwrap(),
+            5 => std::fs::rename(&directory, room.path().join("elsewhere")).unwrap(),
+            _ => {}
+        }
+        session.batch(EPOCH, seq..=seq).await.unwrap();
+        assert_eq!(numbers(&wait_for(&lines, "")), [seq]);
+    }
+    end(follower);
+}
+
+#[tokio::test]
+async fn follow_makes_nothing_on_disk_and_sees_the_first_record() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let directory = room.path().join("logs/pc");
+    let before = directory.exists();
+    let (follower, lines) = follow(room.path(), &[]);
+    assert!(lines.recv_timeout(std::time::Duration::from_millis(500)).is_err(), "nothing was recorded");
+    assert_eq!(directory.exists(), before);
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=1).await.unwrap();
+    assert_eq!(numbers(&wait_for(&lines, "")), [1]);
+    end(follower);
 }
 
 #[tokio::test]
