@@ -3,11 +3,13 @@
 use std::fmt;
 use std::path::Path;
 
+use netmon_common::raw::Raw;
+
 use crate::clock::Now;
 use crate::config::Config;
 use crate::filter::FilterFile;
 use crate::identity::Identity;
-use crate::links::{self, Choice};
+use crate::links::{self, Choice, Listing};
 use crate::{chain, kernel, status};
 
 /// What one check found.
@@ -126,18 +128,25 @@ async fn interfaces(config: &Config) -> Finding {
         Ok(choice) => choice,
         Err(problem) => return Finding::Bad(problem),
     };
-    let links = match links::list().await {
-        Ok(links) => links,
+    let Listing { links, hidden } = match links::list_all().await {
+        Ok(listing) => listing,
         Err(error) => return Finding::Bad(chain(&error)),
     };
-    let missing: Vec<_> = choice.missing(&links).collect();
+    let missing: Vec<_> = choice.missing(&links).map(escaped).collect();
     if !missing.is_empty() {
         return Finding::Bad(format!("there is no {}; change capture.interfaces", missing.join(", no ")));
     }
+    if !hidden.is_empty() {
+        let hidden: Vec<_> = hidden.iter().map(|name| name.escaped().to_string()).collect();
+        return Finding::Weak(format!(
+            "cannot watch {} because the name is not UTF-8: rename it (ip link set dev OLD name NEW)",
+            hidden.join(", ")
+        ));
+    }
     let names: Vec<_> =
-        links.iter().filter(|link| choice.wants(link)).map(|link| link.name.as_str()).collect();
+        links.iter().filter(|link| choice.wants(link)).map(|link| escaped(&link.name)).collect();
     if names.is_empty() {
-        let all: Vec<_> = links.iter().map(|link| link.name.as_str()).collect();
+        let all: Vec<_> = links.iter().map(|link| escaped(&link.name)).collect();
         return Finding::Weak(format!(
             "none of {} is chosen by {:?}: name one with --interface or capture.interfaces",
             all.join(", "),
@@ -145,6 +154,10 @@ async fn interfaces(config: &Config) -> Finding {
         ));
     }
     Finding::Good(format!("would watch {}", names.join(", ")))
+}
+
+fn escaped(name: &str) -> String {
+    Raw::from(name).escaped().to_string()
 }
 
 /// Room for some hours of records.

@@ -214,6 +214,12 @@ impl Identity {
         }))
     }
 
+    /// Names the identity that is stored below `directory`: another one has another name. `None`: none is there, or
+    /// it cannot be seen.
+    pub fn name(directory: &Path) -> Option<PathBuf> {
+        std::fs::read_link(directory.join(CURRENT)).ok()
+    }
+
     /// TLS 1.3 as this agent, accepting only servers of its CA. No 0-RTT.
     ///
     /// # Errors

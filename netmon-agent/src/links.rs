@@ -3,12 +3,12 @@
 //! A notification only says *that* something changed: the whole list is then read anew, so that a lost
 //! notification can never leave a wrong picture for long ([`RESYNC`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::{Stream, StreamExt, TryStreamExt};
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use ipnet::IpNet;
 use netmon_common::raw::Raw;
@@ -22,6 +22,8 @@ pub const RESYNC: Duration = Duration::from_secs(30);
 /// Notifications come in bursts; the list is read once they pause this long, well within the second that a new
 /// interface may take.
 const SETTLE: Duration = Duration::from_millis(20);
+/// Longest wait for that pause: chatter about one interface must not hold off another.
+const SETTLE_AT_MOST: Duration = Duration::from_millis(200);
 
 /// One interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,16 +49,34 @@ pub enum LinksError {
     List(#[source] rtnetlink::Error),
 }
 
+/// The interfaces of this network namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listing {
+    /// By index.
+    pub links: Vec<Link>,
+    /// Names of interfaces that cannot be listed and therefore not be watched: netlink's reader takes no name that
+    /// is not UTF-8.
+    pub hidden: Vec<Raw>,
+}
+
 /// Lists the interfaces of this network namespace by index.
 ///
 /// # Errors
 /// [`LinksError`] when netlink does not answer.
 pub async fn list() -> Result<Vec<Link>, LinksError> {
+    Ok(list_all().await?.links)
+}
+
+/// [`list`], with the names of those that cannot be listed.
+///
+/// # Errors
+/// As there.
+pub async fn list_all() -> Result<Listing, LinksError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(LinksError::Open)?;
     let connection = tokio::spawn(connection);
-    let links = list_with(&handle).await;
+    let listing = list_with(&handle).await;
     connection.abort();
-    links
+    listing
 }
 
 /// Sends the list now and whenever it changes, until the receiver is dropped.
@@ -69,8 +89,18 @@ pub async fn follow(changes: mpsc::Sender<Vec<Link>>) -> Result<(), LinksError> 
         rtnetlink::new_multicast_connection(&groups).map_err(LinksError::Open)?;
     let connection = tokio::spawn(connection);
     let mut known = None;
+    let mut said = BTreeSet::new();
     loop {
-        let links = list_with(&handle).await?;
+        let Listing { links, hidden } = list_with(&handle).await?;
+        said.retain(|name| hidden.contains(name));
+        for name in hidden {
+            if said.insert(name.clone()) {
+                tracing::warn!(
+                    interface = %name.escaped(),
+                    "an interface CANNOT BE WATCHED because its name is not UTF-8: rename it (ip link set dev OLD name NEW)"
+                );
+            }
+        }
         if known.as_ref() != Some(&links) {
             known = Some(links.clone());
             if changes.send(links).await.is_err() {
@@ -80,12 +110,55 @@ pub async fn follow(changes: mpsc::Sender<Vec<Link>>) -> Result<(), LinksError> 
         }
         // Whatever the message says, a lost one (overrun) included: the list is read again.
         if let Ok(Some(_)) = tokio::time::timeout(RESYNC, messages.next()).await {
-            while let Ok(Some(_)) = tokio::time::timeout(SETTLE, messages.next()).await {}
+            settle(&mut messages).await;
         }
     }
 }
 
-async fn list_with(handle: &rtnetlink::Handle) -> Result<Vec<Link>, LinksError> {
+/// Waits for a pause of [`SETTLE`], no longer than [`SETTLE_AT_MOST`].
+async fn settle(messages: &mut (impl Stream + Unpin)) {
+    let limit = tokio::time::sleep(SETTLE_AT_MOST);
+    tokio::pin!(limit);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut limit => return,
+            message = tokio::time::timeout(SETTLE, messages.next()) => {
+                if !matches!(message, Ok(Some(_))) {
+                    return;
+                }
+            }
+        }
+        // Messages without any pause at all must not keep the clock from being looked at.
+        tokio::task::consume_budget().await;
+    }
+}
+
+/// Names of all interfaces, whatever their bytes: one line each, `name: counters`, behind two lines of headings.
+/// Empty where it cannot be read.
+fn names() -> BTreeSet<Raw> {
+    let text = std::fs::read("/proc/net/dev").unwrap_or_default();
+    let lines = text.split(|byte| *byte == b'\n').skip(2);
+    lines
+        .filter_map(|line| line.split(|byte| *byte == b':').next().filter(|name| name.len() < line.len()))
+        .map(|name| Raw::new(name.trim_ascii()))
+        .collect()
+}
+
+/// Those that were there before and after the listing and are not in it.
+fn hidden(before: BTreeSet<Raw>, links: &[Link], after: &BTreeSet<Raw>) -> Vec<Raw> {
+    let listed = |name: &Raw| links.iter().any(|link| link.name.as_bytes() == name.as_bytes());
+    before.into_iter().filter(|name| !listed(name) && after.contains(name)).collect()
+}
+
+async fn list_with(handle: &rtnetlink::Handle) -> Result<Listing, LinksError> {
+    let before = names();
+    let links = links_with(handle).await?;
+    let hidden = hidden(before, &links, &names());
+    Ok(Listing { links, hidden })
+}
+
+async fn links_with(handle: &rtnetlink::Handle) -> Result<Vec<Link>, LinksError> {
     let mut links = BTreeMap::new();
     let mut stream = Box::pin(handle.link().get().execute());
     while let Some(message) = stream.try_next().await.map_err(LinksError::List)? {
@@ -136,6 +209,8 @@ impl Choice {
     /// Every interface with a bus device behind it: a packet that crosses a bridge, bond, VLAN or
     /// tunnel crosses one of these too, and would otherwise be counted twice.
     pub const AUTO: &str = "auto";
+    /// Is never watched.
+    const LOOPBACK: &str = "lo";
 
     /// Reads the patterns.
     ///
@@ -147,6 +222,8 @@ impl Choice {
         for pattern in patterns {
             if pattern == Self::AUTO {
                 choice.auto = true;
+            } else if pattern == Self::LOOPBACK {
+                return Err("`lo` is never watched: what crosses it does not leave this PC".to_owned());
             } else if pattern.contains(['*', '?', '[', '{']) {
                 globs.add(Glob::new(pattern).map_err(|error| error.to_string())?);
             } else if pattern.is_empty() || pattern.len() > 15 || pattern.contains('/') {
@@ -162,7 +239,7 @@ impl Choice {
 
     /// True when this interface is to be watched. The loopback never is.
     pub fn wants(&self, link: &Link) -> bool {
-        link.name != "lo"
+        link.name != Self::LOOPBACK
             && (self.auto && link.device
                 || self.names.contains(&link.name)
                 || self.globs.is_match(&link.name))
@@ -206,9 +283,29 @@ mod tests {
 
     #[test]
     fn a_name_that_cannot_be_is_refused() {
-        for bad in ["", "a/b", "sixteen-letters-", "usb[*"] {
+        for bad in ["", "a/b", "lo", "sixteen-letters-", "usb[*"] {
             assert!(Choice::new(&[bad.to_owned()]).is_err(), "{bad}");
         }
+    }
+
+    #[tokio::test]
+    async fn chatter_does_not_hold_off_the_list() {
+        let mut chatter = Box::pin(futures_util::stream::repeat(()).then(|()| async {
+            tokio::time::sleep(SETTLE / 4).await;
+        }));
+        tokio::time::timeout(SETTLE_AT_MOST * 4, settle(&mut chatter)).await.unwrap();
+        let mut torrent = futures_util::stream::repeat(());
+        tokio::time::timeout(SETTLE_AT_MOST * 4, settle(&mut torrent)).await.unwrap();
+    }
+
+    #[test]
+    fn what_netlink_does_not_list_and_stays_is_hidden() {
+        let names = |names: &[&[u8]]| names.iter().map(|name| Raw::new(*name)).collect();
+        let before = names(&[b"eth0", b"usb\xff", b"gone"]);
+        let after = names(&[b"eth0", b"usb\xff", b"new"]);
+        let links = [link("eth0", true)];
+        assert_eq!(hidden(before, &links, &after), [Raw::new(b"usb\xff")]);
+        assert!(super::names().contains(&Raw::from("lo")));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! `netmon-agent`: command line of the agent.
 
+use std::fs::File;
 use std::io::{IsTerminal, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -9,9 +10,10 @@ use clap::{Args, Parser, Subcommand};
 use netmon_agent::clock::Now;
 use netmon_agent::config::{Config, ConfigError, Mode};
 use netmon_agent::filter::FilterError;
+use netmon_agent::identity::EnrollError;
 use netmon_agent::run::{self, Paths, UsageError};
 use netmon_agent::{doctor, identity, status};
-use netmon_common::enroll::Token;
+use netmon_common::enroll::{Token, TokenError};
 use tracing_subscriber::EnvFilter;
 
 /// Watches this PC: USB devices, transfers in the local network, transfers to the Internet.
@@ -30,7 +32,14 @@ struct Cli {
 const EXIT_STATUS: &str = "\
 Exit status: 0 done; 1 it failed; 2 something given is wrong (flag, configuration, filter list, interface, token).
 
-Settings: flags overrule NETMON_* variables, which overrule /etc/netmon/agent.toml.";
+Settings: flags overrule NETMON_* variables, which overrule /etc/netmon/agent.toml.
+NETMON_LOG says how much is said on standard error: error, warn, info (default), debug, or by part, as in
+\"info,netmon_agent::uplink=debug\".";
+
+/// What the netlink libraries say of messages that they do not understand is of no use: what it means for the watch
+/// is said by [`netmon_agent::links`].
+const SAID: &str =
+    "info,netlink_proto=off,netlink_packet_core=off,netlink_packet_route=off,netlink_packet_utils=off";
 
 #[derive(Args)]
 struct Places {
@@ -115,7 +124,7 @@ enum Command {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_env("NETMON_LOG").unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_env_filter(EnvFilter::try_from_env("NETMON_LOG").unwrap_or_else(|_| EnvFilter::new(SAID)))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
@@ -128,11 +137,24 @@ fn main() -> ExitCode {
     }
 }
 
+/// True when what was given is wrong, as opposed to what went wrong with it.
 fn is_usage(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .any(|cause| cause.is::<UsageError>() || cause.is::<ConfigError>() || cause.is::<FilterError>())
-        || error.chain().any(|cause| cause.is::<netmon_common::enroll::TokenError>())
+    error.chain().any(|cause| {
+        cause.is::<UsageError>()
+            || cause.is::<ConfigError>()
+            || cause.is::<FilterError>()
+            || cause.is::<TokenError>()
+            || cause.is::<TokenUnreadable>()
+            || matches!(cause.downcast_ref(), Some(EnrollError::Refused { .. }))
+    })
+}
+
+/// The token cannot be read from where it was said to be.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read the token from {place}")]
+struct TokenUnreadable {
+    place: String,
+    source: std::io::Error,
 }
 
 fn command(cli: Cli) -> Result<ExitCode> {
@@ -164,6 +186,9 @@ fn command(cli: Cli) -> Result<ExitCode> {
                 replace,
             ))?;
             println!("enrolled as seat {}", enrolled.seat.escaped());
+            if status::read(&runtime_dir, &Now::read()).is_ok() {
+                println!("an agent is running: it takes the new identity within some seconds");
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Status { json } => {
@@ -195,18 +220,34 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
 }
 
 /// A token is one line; a file that is much longer is something else.
-fn read_token(file: &std::path::Path) -> Result<String> {
+fn read_token(file: &Path) -> Result<String, TokenUnreadable> {
     const LONGEST: u64 = 1024;
     let mut text = String::new();
-    if file.as_os_str() == "-" {
-        std::io::stdin()
-            .take(LONGEST)
-            .read_to_string(&mut text)
-            .context("cannot read the token from standard input")?;
+    let (place, read) = if file.as_os_str() == "-" {
+        ("standard input".to_owned(), std::io::stdin().take(LONGEST).read_to_string(&mut text))
     } else {
-        std::fs::File::open(file)
-            .and_then(|file| file.take(LONGEST).read_to_string(&mut text))
-            .with_context(|| format!("cannot read the token file {}", file.display()))?;
+        let read = File::open(file).and_then(|file| file.take(LONGEST).read_to_string(&mut text));
+        (format!("the file {}", file.display()), read)
+    };
+    match read {
+        Ok(_) => Ok(text),
+        Err(source) => Err(TokenUnreadable { place, source }),
     }
-    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_token_is_the_givers_and_a_missing_server_is_not() {
+        let missing = read_token(Path::new("/nowhere/token")).unwrap_err();
+        assert!(is_usage(&missing.into()));
+        let malformed = "nonsense".parse::<Token>().unwrap_err();
+        assert!(is_usage(&malformed.into()));
+        let refused = EnrollError::Refused { reason: "the token is used up".into() };
+        assert!(is_usage(&refused.into()));
+        let away = EnrollError::Unreachable { address: "192.0.2.1:7444".into() };
+        assert!(!is_usage(&away.into()));
+    }
 }

@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use netmon_agent::clock::Now;
 use netmon_agent::identity::{EnrollError, Identity, enroll};
 use netmon_agent::spool::{Limits, Spool, SpoolHandle};
 use netmon_agent::uplink::{self, Introduction, UplinkState, UplinkStatus};
@@ -382,12 +383,23 @@ struct Agent {
 }
 
 impl Agent {
-    fn start(identity: Identity, spool: SpoolHandle) -> Self {
+    /// With the identity that is or will be in `directory`.
+    fn start(directory: PathBuf, spool: SpoolHandle) -> Self {
         let (stop, stopped) = watch::channel(false);
         let status = watch::Sender::new(UplinkStatus::default());
         let introduction = Introduction { agent_version: "0.1.0".into(), hostname: "pc17".into() };
-        let task = tokio::spawn(uplink::run(identity, spool.clone(), introduction, stopped, status.clone()));
+        let (its_spool, its_status) = (spool.clone(), status.clone());
+        let task = tokio::spawn(async move {
+            uplink::run_whenever_enrolled(&directory, its_spool, introduction, stopped, its_status).await;
+        });
         Self { spool, stop, status, task }
+    }
+
+    async fn says(&self, text: &str) {
+        let mut status = self.status.subscribe();
+        let says = |status: &UplinkStatus| status.describe(&Now { boot_ns: 0, wall_ns: 0 }).contains(text);
+        let waited = tokio::time::timeout(SOON, status.wait_for(says)).await.map(drop);
+        assert!(waited.is_ok(), "it never said {text}: {:?}", self.status.borrow());
     }
 
     fn record(&self, range: impl Iterator<Item = usize>) {
@@ -417,10 +429,11 @@ fn record(spool: &SpoolHandle, range: impl Iterator<Item = usize>) {
     spool.sync().unwrap();
 }
 
-async fn identity(ca: &Arc<Ca>, event_port: u16, directory: &Path) -> Identity {
+/// Enrols; gives the directory with the identity.
+async fn identity(ca: &Arc<Ca>, event_port: u16, directory: &Path) -> PathBuf {
     let (_endpoint, address) = enrolment_server(ca, grants(ca, event_port));
-    enrol_at(address, ca.fingerprint(), directory, false).await.unwrap();
-    Identity::load(directory).unwrap().unwrap()
+    enrol_at(address, ca.fingerprint(), directory, true).await.unwrap();
+    directory.to_owned()
 }
 
 fn spool(directory: &Path) -> SpoolHandle {
@@ -588,4 +601,48 @@ async fn without_a_server_it_says_why_and_a_stop_takes_two_seconds() {
     let stop = tokio::time::timeout(Duration::from_secs(5), agent.stop());
     stop.await.unwrap();
     assert_eq!(other.names(), names(0..0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_enrolled_while_it_runs_delivers_and_a_new_identity_takes_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = Server::new(Arc::new(Ca::new()));
+    let endpoint = first.start(0);
+    let port = endpoint.local_addr().unwrap().port();
+    let agent = Agent::start(dir.path().to_owned(), spool(dir.path()));
+    agent.record(1..=10);
+    agent.says("not enrolled").await;
+    identity(&first.ca, port, dir.path()).await;
+    first.has(10).await;
+    agent.acked_all().await;
+
+    let second = Server::new(Arc::new(Ca::new()));
+    let endpoint = second.start(0);
+    let address = endpoint.local_addr().unwrap();
+    identity(&second.ca, address.port(), dir.path()).await;
+    agent.says(&format!("connected to {address}")).await;
+    agent.record(11..=20);
+    second.has(10).await;
+    agent.acked_all().await;
+    assert_eq!((first.names(), second.names()), (names(1..=10), names(11..=20)));
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_identity_is_said_and_taken_once_it_is_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::new(Arc::new(Ca::new()));
+    let endpoint = server.start(0);
+    let directory = identity(&server.ca, endpoint.local_addr().unwrap().port(), dir.path()).await;
+    let key = directory.join("current/key.pem");
+    let good = std::fs::read(&key).unwrap();
+    std::fs::write(&key, "nonsense").unwrap();
+    let agent = Agent::start(directory, spool(dir.path()));
+    agent.record(1..=10);
+    agent.says("cannot deliver: ").await;
+    assert!(!agent.task.is_finished());
+    std::fs::write(&key, good).unwrap();
+    server.has(10).await;
+    agent.acked_all().await;
+    agent.stop().await;
 }

@@ -12,8 +12,8 @@ use super::read::{Chunk, EpochRange};
 ///
 /// How to use it: record with [`SpoolHandle::append`] from any thread (a write into the page cache, no fsync).
 /// One thread of its own calls [`SpoolHandle::sync`] every 100 ms or so, at once after an event that somebody
-/// waits for, or an async task awaits [`SpoolHandle::sync_in_background`]. The fsync holds no lock: recording
-/// and reading go on meanwhile. The uplink awaits [`SpoolHandle::changes`]. At the end: [`SpoolHandle::close`].
+/// waits for, or an async task awaits [`SpoolHandle::sync_in_background`]. The fsync holds no lock, nor does reading:
+/// recording goes on meanwhile. The uplink awaits [`SpoolHandle::changes`]. At the end: [`SpoolHandle::close`].
 #[derive(Clone)]
 pub struct SpoolHandle(Arc<Shared>);
 
@@ -79,7 +79,7 @@ impl SpoolHandle {
         self.spool().epochs()
     }
 
-    /// See [`Spool::read`]; on a thread for blocking work.
+    /// See [`Spool::read`]; on a thread for blocking work, and recording goes on meanwhile.
     ///
     /// # Errors
     /// As there.
@@ -90,7 +90,18 @@ impl SpoolHandle {
         max_records: usize,
         max_bytes: usize,
     ) -> Result<Option<Chunk>, SpoolError> {
-        self.in_background(move |handle| handle.spool().read(epoch, seq, max_records, max_bytes)).await
+        self.in_background(move |handle| {
+            loop {
+                // The guards must not live on into the reading.
+                let ticket = handle.spool().begin_read(epoch, seq, max_records, max_bytes);
+                let Some(ticket) = ticket else { return Ok(None) };
+                let result = ticket.run()?;
+                if let Some(chunk) = handle.spool().finish_read(result) {
+                    return Ok(Some(chunk));
+                }
+            }
+        })
+        .await
     }
 
     /// See [`Spool::acked`]; on a thread for blocking work (it may remove files).

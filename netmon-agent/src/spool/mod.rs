@@ -26,5 +26,5 @@ mod tests;
 pub use files::{Disk, Files};
 pub use handle::SpoolHandle;
 pub use log::{Limits, Spool, SpoolError, Stats, SyncTicket};
-pub use read::{Chunk, EpochRange};
+pub use read::{Chunk, EpochRange, ReadResult, ReadTicket};
 pub use recover::{OpenError, Recovered};

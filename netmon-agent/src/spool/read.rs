@@ -1,10 +1,11 @@
 //! Reading back what waits for the server.
 
 use std::io;
+use std::sync::Arc;
 
 use netmon_common::model::MAX_RECORD;
 
-use super::files::{Files, read_at_most};
+use super::files::{Disk, Files, read_at_most};
 use super::format::{FRAME, HEADER, Next, frames, next_frame};
 use super::log::{Segment, Spool, SpoolError};
 
@@ -29,11 +30,120 @@ pub struct Chunk {
 }
 
 /// Where the last read ended, so that the next one need not search.
+#[derive(Clone)]
 pub(super) struct Cursor<H> {
     pub number: u64,
     pub file: H,
     pub seq: u64,
     pub offset: u64,
+}
+
+/// What one read has to do; see [`Spool::begin_read`].
+pub struct ReadTicket<F: Files = Disk> {
+    files: Arc<F>,
+    segment: Segment,
+    /// The first record that is wanted.
+    start: u64,
+    cursor: Option<Cursor<F::File>>,
+    max_records: usize,
+    max_bytes: usize,
+}
+
+/// What a read found; see [`Spool::finish_read`].
+pub struct ReadResult<F: Files = Disk> {
+    number: u64,
+    found: Found<F::File>,
+}
+
+enum Found<H> {
+    Chunk(Chunk, Cursor<H>),
+    /// Nothing can be read from record `seq` on, which stands or stood at `offset`.
+    Damaged {
+        seq: u64,
+        offset: u64,
+    },
+}
+
+/// A file and an offset in it, or the damage in front of that.
+type Place<H> = Result<(H, u64), Found<H>>;
+
+impl<F: Files> ReadTicket<F> {
+    /// Reads: may take long, needs no lock. Give the result to [`Spool::finish_read`].
+    ///
+    /// # Errors
+    /// [`SpoolError::Open`]: worth another try.
+    pub fn run(&self) -> Result<ReadResult<F>, SpoolError> {
+        Ok(ReadResult { number: self.segment.number, found: self.find()? })
+    }
+
+    fn find(&self) -> Result<Found<F::File>, SpoolError> {
+        let (segment, start) = (&self.segment, self.start);
+        let (file, offset) = match self.seek()? {
+            Ok(place) => place,
+            Err(damaged) => return Ok(damaged),
+        };
+        let left = (segment.bytes - offset) as usize;
+        let length = left.min(self.max_bytes.max(MAX_RECORD) + (self.max_records.max(1) + 1) * FRAME);
+        let bytes = self.read_bytes(&file, offset, length);
+        let mut found = frames(&bytes, start);
+        let mut size = 0;
+        let mut records = Vec::new();
+        while records.len() < self.max_records.max(1) && start + (records.len() as u64) < segment.end() {
+            let behind = found.clone();
+            match found.next() {
+                Some(record) if records.is_empty() || size + record.len() <= self.max_bytes => {
+                    size += record.len();
+                    records.push(record.to_vec());
+                }
+                _ => {
+                    found = behind;
+                    break;
+                }
+            }
+        }
+        if records.is_empty() {
+            return Ok(Found::Damaged { seq: start, offset });
+        }
+        let cursor = Cursor {
+            number: segment.number,
+            file,
+            seq: start + records.len() as u64,
+            offset: offset + (bytes.len() - found.rest()) as u64,
+        };
+        Ok(Found::Chunk(Chunk { first_seq: start, records }, cursor))
+    }
+
+    /// What cannot be read is as good as damaged: a local disk that fails to read once will do so again.
+    fn read_bytes(&self, file: &F::File, offset: u64, length: usize) -> Vec<u8> {
+        read_at_most(&*self.files, file, offset, length).unwrap_or_else(|error| {
+            tracing::error!(segment = self.segment.name(), %error, "cannot read a spool segment");
+            Vec::new()
+        })
+    }
+
+    /// Where the first wanted record stands, or the damage in front of it.
+    fn seek(&self) -> Result<Place<F::File>, SpoolError> {
+        let segment = &self.segment;
+        if let Some(cursor) = &self.cursor {
+            return Ok(Ok((cursor.file.clone(), cursor.offset)));
+        }
+        let file = match self.files.open(&segment.name()) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Err(Found::Damaged { seq: segment.first_seq, offset: HEADER as u64 }));
+            }
+            Err(source) => return Err(SpoolError::Open { name: segment.name(), source }),
+        };
+        let all = self.read_bytes(&file, HEADER as u64, segment.bytes as usize - HEADER);
+        let mut offset = HEADER;
+        for at in segment.first_seq..self.start {
+            let Next::Record(record) = next_frame(&all[offset - HEADER..], at) else {
+                return Ok(Err(Found::Damaged { seq: at, offset: offset as u64 }));
+            };
+            offset += FRAME + record.len();
+        }
+        Ok(Ok((file, offset as u64)))
+    }
 }
 
 impl<F: Files> Spool<F> {
@@ -70,77 +180,48 @@ impl<F: Files> Spool<F> {
         max_bytes: usize,
     ) -> Result<Option<Chunk>, SpoolError> {
         loop {
-            let wanted =
-                |segment: &&Segment| segment.epoch == epoch && segment.records > 0 && segment.end() > seq;
-            let Some(segment) = self.segments.iter().find(wanted).cloned() else { return Ok(None) };
-            let start = seq.max(segment.first_seq);
-            let Some((file, offset)) = self.seek(&segment, start)? else { continue };
-            let left = (segment.bytes - offset) as usize;
-            let length = left.min(max_bytes.max(MAX_RECORD) + (max_records.max(1) + 1) * FRAME);
-            let bytes = self.read_bytes(&segment, &file, offset, length);
-            let mut found = frames(&bytes, start);
-            let mut size = 0;
-            let mut records = Vec::new();
-            while records.len() < max_records.max(1) && start + (records.len() as u64) < segment.end() {
-                let behind = found.clone();
-                match found.next() {
-                    Some(record) if records.is_empty() || size + record.len() <= max_bytes => {
-                        size += record.len();
-                        records.push(record.to_vec());
-                    }
-                    _ => {
-                        found = behind;
-                        break;
-                    }
+            let Some(ticket) = self.begin_read(epoch, seq, max_records, max_bytes) else { return Ok(None) };
+            if let Some(chunk) = self.finish_read(ticket.run()?) {
+                return Ok(Some(chunk));
+            }
+        }
+    }
+
+    /// [`Spool::read`] in three steps, of which the middle one, [`ReadTicket::run`], needs no lock. `None`: there
+    /// is nothing to read.
+    pub fn begin_read(
+        &self,
+        epoch: u64,
+        seq: u64,
+        max_records: usize,
+        max_bytes: usize,
+    ) -> Option<ReadTicket<F>> {
+        let wanted =
+            |segment: &&Segment| segment.epoch == epoch && segment.records > 0 && segment.end() > seq;
+        let segment = self.segments.iter().find(wanted)?.clone();
+        let start = seq.max(segment.first_seq);
+        let fits = |cursor: &&Cursor<F::File>| (cursor.number, cursor.seq) == (segment.number, start);
+        let cursor = self.cursor.as_ref().filter(fits).cloned();
+        Some(ReadTicket { files: Arc::clone(&self.files), segment, start, cursor, max_records, max_bytes })
+    }
+
+    /// Takes note of what a read found; `None`: damage was cut out, or the segment gave way meanwhile: begin again.
+    pub fn finish_read(&mut self, result: ReadResult<F>) -> Option<Chunk> {
+        // As it is now: it may have grown, or be gone and its file with it.
+        let segment = self.segments.iter().find(|segment| segment.number == result.number).cloned();
+        match (result.found, segment) {
+            (Found::Chunk(chunk, cursor), segment) => {
+                if segment.is_some() {
+                    self.cursor = Some(cursor);
                 }
+                Some(chunk)
             }
-            if records.is_empty() {
-                self.cut(&segment, start, offset);
-                continue;
+            (Found::Damaged { seq, offset }, Some(segment)) if seq < segment.end() => {
+                self.cut(&segment, seq, offset);
+                None
             }
-            self.cursor = Some(Cursor {
-                number: segment.number,
-                file,
-                seq: start + records.len() as u64,
-                offset: offset + (bytes.len() - found.rest()) as u64,
-            });
-            return Ok(Some(Chunk { first_seq: start, records }));
+            (Found::Damaged { .. }, _) => None,
         }
-    }
-
-    /// What cannot be read is as good as damaged: a local disk that fails to read once will do so again.
-    fn read_bytes(&self, segment: &Segment, file: &F::File, offset: u64, length: usize) -> Vec<u8> {
-        read_at_most(&*self.files, file, offset, length).unwrap_or_else(|error| {
-            tracing::error!(segment = segment.name(), %error, "cannot read a spool segment");
-            Vec::new()
-        })
-    }
-
-    /// Where record `seq` of a segment stands; `None`: something in front of it is damaged (and cut now).
-    fn seek(&mut self, segment: &Segment, seq: u64) -> Result<Option<(F::File, u64)>, SpoolError> {
-        if let Some(cursor) = &self.cursor
-            && (cursor.number, cursor.seq) == (segment.number, seq)
-        {
-            return Ok(Some((cursor.file.clone(), cursor.offset)));
-        }
-        let file = match self.files.open(&segment.name()) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.cut(segment, segment.first_seq, HEADER as u64);
-                return Ok(None);
-            }
-            Err(source) => return Err(SpoolError::Open { name: segment.name(), source }),
-        };
-        let all = self.read_bytes(segment, &file, HEADER as u64, segment.bytes as usize - HEADER);
-        let mut offset = HEADER;
-        for at in segment.first_seq..seq {
-            let Next::Record(record) = next_frame(&all[offset - HEADER..], at) else {
-                self.cut(segment, at, offset as u64);
-                return Ok(None);
-            };
-            offset += FRAME + record.len();
-        }
-        Ok(Some((file, offset as u64)))
     }
 
     /// Gives up a segment's records from `seq` on: they cannot be read.

@@ -498,6 +498,42 @@ fn a_directory_on_disk_is_private_and_held_by_one_spool() {
     assert_eq!(spool.read(epoch, 1, 10, 1000).unwrap().unwrap().records.len(), 1);
 }
 
+#[test]
+fn a_segment_that_gives_way_while_it_is_read_is_no_damage() {
+    let memory = Memory::default();
+    let (mut spool, _) = open(&memory, SMALL);
+    for n in 1..=100 {
+        append(&mut spool, n).unwrap();
+        spool.sync().unwrap();
+    }
+    let epoch = spool.stats().epoch;
+    let ticket = spool.begin_read(epoch, 1, 10, 1000).unwrap();
+    spool.acked(epoch, 60);
+    let result = ticket.run().unwrap();
+    assert!(spool.finish_read(result).is_none());
+    assert_eq!(spool.stats().damaged_bytes, 0);
+    assert!(spool.read(epoch, 61, 10, 1000).unwrap().unwrap().first_seq <= 61);
+}
+
+#[test]
+fn damage_in_a_segment_that_grows_while_it_is_read_is_cut_with_what_came_behind() {
+    let memory = Memory::default();
+    let (mut spool, _) = open(&memory, Limits::default());
+    append(&mut spool, 1).unwrap();
+    spool.sync().unwrap();
+    memory.damage(&memory.segments()[0], |bytes| *bytes.last_mut().unwrap() ^= 1);
+    let epoch = spool.stats().epoch;
+    let result = spool.begin_read(epoch, 1, 10, 1000).unwrap().run().unwrap();
+    append(&mut spool, 2).unwrap();
+    spool.sync().unwrap();
+    let bytes = spool.stats().bytes;
+    assert!(spool.finish_read(result).is_none());
+    assert_eq!(spool.stats().damaged_bytes, bytes - format::HEADER as u64);
+    append(&mut spool, 3).unwrap();
+    spool.sync().unwrap();
+    assert_eq!(events(&mut spool), [event(3)]);
+}
+
 /// Random work, faults, kills and power cuts: what was synced is read back once and in order, and no number
 /// ever stands for two records.
 #[test]

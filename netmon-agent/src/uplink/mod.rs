@@ -3,12 +3,14 @@
 //! * [`session`]: what to say next, pure
 //! * [`backoff`]: when to try again, pure
 //! * [`run`]: the QUIC connection around them
+//! * [`run_whenever_enrolled`]: the same for whatever identity this PC has at the time
 
 pub mod backoff;
 pub mod session;
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +39,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 const ANSWER: Duration = Duration::from_secs(30);
 /// Longest time that a stopping agent tries to deliver what is left.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// How often a stored identity is looked for: one that came, changed or was repaired.
+const LOOK: Duration = Duration::from_secs(2);
 /// Bytes of records for one batch: what [`BatchBuilder`] takes, with the lengths in front of them.
 const BATCH_BYTES: usize = MAX_FRAME / 2 - 2 * MAX_BATCH_RECORDS as usize;
 
@@ -68,6 +72,7 @@ impl UplinkStatus {
         let seconds = |since_wall_ns: i64| now.wall_ns.saturating_sub(since_wall_ns).max(0) / 1_000_000_000;
         match &self.state {
             UplinkState::NotEnrolled => "not enrolled: recording here only".to_owned(),
+            UplinkState::Unusable { error } => format!("cannot deliver: {error}"),
             UplinkState::Connected { remote, since_wall_ns, .. } => {
                 format!("connected to {remote} for {} s", seconds(*since_wall_ns))
             }
@@ -85,6 +90,11 @@ pub enum UplinkState {
     /// There is no identity: nothing is sent.
     #[default]
     NotEnrolled,
+    /// There is an identity, but it cannot be used: nothing is sent.
+    Unusable {
+        /// Why, and what to do, for people.
+        error: String,
+    },
     /// Trying.
     Connecting {
         /// Since when there is no connection, wall clock.
@@ -163,9 +173,62 @@ pub struct Introduction {
     pub hostname: Raw,
 }
 
-/// Delivers until `shutdown` becomes true (or its sender is gone): then at most [`FAREWELL`] more for what the
-/// spool has synced by then, and the connection is closed. Errors never end it; they are logged and shown in
-/// `status`.
+/// Delivers, as [`run`] does, as whoever this PC is enrolled as at the time: `directory` holds the identity (see
+/// [`Identity::load`]) and may be filled, changed or repaired meanwhile. Ends when `shutdown` becomes true (or its
+/// sender is gone); errors never end it.
+pub async fn run_whenever_enrolled(
+    directory: &Path,
+    spool: SpoolHandle,
+    introduction: Introduction,
+    mut shutdown: watch::Receiver<bool>,
+    status: watch::Sender<UplinkStatus>,
+) {
+    // What was said last: `None` nothing, or that it delivers.
+    let mut said = None;
+    loop {
+        // In front of the reading, so that a change behind it is noticed.
+        let name = Identity::name(directory);
+        let state = match Identity::load(directory) {
+            Ok(Some(identity)) => {
+                said = None;
+                let replaced = async {
+                    while matches!(Identity::name(directory), now if now.is_none() || now == name) {
+                        tokio::time::sleep(LOOK).await;
+                    }
+                    tracing::info!("this PC has a new identity: connecting as that one");
+                };
+                let (spool, introduction) = (spool.clone(), introduction.clone());
+                match run_until(replaced, &identity, spool, introduction, &mut shutdown, &status).await {
+                    End::Stop => return,
+                    End::Replaced => continue,
+                }
+            }
+            Ok(None) => UplinkState::NotEnrolled,
+            Err(error) => UplinkState::Unusable { error: with_causes(&error) },
+        };
+        if said.as_ref() != Some(&state) {
+            match &state {
+                UplinkState::Unusable { error } => {
+                    tracing::error!(
+                        error,
+                        "cannot deliver; recording here only until the identity is repaired"
+                    );
+                }
+                _ => tracing::warn!("not enrolled at a server: recording here only (`netmon-agent enroll`)"),
+            }
+            status.send_modify(|status| status.state = state.clone());
+            said = Some(state);
+        }
+        tokio::select! {
+            _ = shutdown.wait_for(|stop| *stop) => return,
+            () = tokio::time::sleep(LOOK) => {}
+        }
+    }
+}
+
+/// Delivers as `identity` until `shutdown` becomes true (or its sender is gone): then at most [`FAREWELL`] more for
+/// what the spool has synced by then, and the connection is closed. Errors never end it; they are logged and shown
+/// in `status`.
 pub async fn run(
     identity: Identity,
     spool: SpoolHandle,
@@ -173,9 +236,27 @@ pub async fn run(
     mut shutdown: watch::Receiver<bool>,
     status: watch::Sender<UplinkStatus>,
 ) {
+    let never = std::future::pending();
+    run_until(never, &identity, spool, introduction, &mut shutdown, &status).await;
+}
+
+/// Why a delivery ended.
+enum End {
+    Stop,
+    Replaced,
+}
+
+async fn run_until(
+    replaced: impl Future<Output = ()>,
+    identity: &Identity,
+    spool: SpoolHandle,
+    introduction: Introduction,
+    shutdown: &mut watch::Receiver<bool>,
+    status: &watch::Sender<UplinkStatus>,
+) -> End {
     let mut endpoint = None;
-    {
-        let deliver = deliver(&identity, &spool, &introduction, &status, &mut endpoint);
+    let end = {
+        let deliver = deliver(identity, &spool, &introduction, status, &mut endpoint);
         let stop = async {
             // An error says that the sender is gone: as good as "stop".
             let _ = shutdown.wait_for(|stop| *stop).await;
@@ -190,14 +271,20 @@ pub async fn run(
         };
         tokio::select! {
             never = deliver => match never {},
-            () = stop => {}
+            () = stop => End::Stop,
+            () = replaced => End::Replaced,
         }
-    }
+    };
     if let Some(endpoint) = endpoint {
-        endpoint.close(VarInt::from_u32(0), b"agent stops");
+        let reason: &[u8] = match end {
+            End::Stop => b"agent stops",
+            End::Replaced => b"agent has a new identity",
+        };
+        endpoint.close(VarInt::from_u32(0), reason);
         // So that the server sees the end at once; not worth more than a moment.
         let _ = tokio::time::timeout(Duration::from_millis(300), endpoint.wait_idle()).await;
     }
+    end
 }
 
 /// TLS for QUIC, with netmon's timeouts and a server that may not open streams.
