@@ -136,11 +136,9 @@ fn opened_of(state: &FlowState) -> Opened {
 }
 
 fn key_of(flow: &FlowId, state: &FlowState, service: Service) -> Key {
-    if state.class == abi::CLASS_LAN {
-        Key::Lan(flow.remote.ip())
-    } else {
-        Key::Internet(flow.remote.ip(), service)
-    }
+    // IPv4-mapped addresses (RFC 4291, section 2.5.5.2) are the IPv4 host.
+    let host = flow.remote.ip().to_canonical();
+    if state.class == abi::CLASS_LAN { Key::Lan(host) } else { Key::Internet(host, service) }
 }
 
 /// The service is the port of the side that was called. TCP says who called; for UDP the first packet that was

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod filter;
 pub mod flows;
 pub mod identity;
+pub mod interfaces;
 pub mod journal;
 pub mod kernel;
 pub mod ledger;

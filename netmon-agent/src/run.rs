@@ -4,25 +4,25 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use futures_util::FutureExt;
 use jiff::tz::TimeZone;
 use netmon_common::raw::Raw;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::clock::Now;
 use crate::config::{Config, Mode};
 use crate::filter::FilterFile;
-use crate::identity::Identity;
 use crate::journal::Journal;
 use crate::kernel::{self, Kernel, LoadOptions};
 use crate::links::{self, Choice, Link};
 use crate::recorder::Recorder;
 use crate::spool::{Limits, Spool, SpoolHandle};
 use crate::uplink::{self, Introduction, UplinkStatus};
-use crate::usb::{self, UsbOutput};
+use crate::usb::{self, UsbOutput, UsbWatch};
 use crate::watch::{Start, Watch};
 
 /// Where things are.
@@ -47,6 +47,9 @@ pub enum UsageError {
         /// Names that exist.
         present: String,
     },
+    /// A pattern that can name no interface.
+    #[error("the interfaces to watch: {0}")]
+    Interface(String),
     /// Another agent has the lock.
     #[error("another netmon-agent is running here: {} is locked. `netmon-agent status` shows it", .0.display())]
     Running(PathBuf),
@@ -59,8 +62,8 @@ enum Wake {
     Opened,
     /// A sweep or another timed duty is due.
     Due,
-    /// Something about USB; `None`: the USB watch died.
-    Usb(Option<UsbOutput>),
+    /// Something about USB.
+    Usb(UsbOutput),
     /// The interfaces or addresses changed.
     Links(Vec<Link>),
     /// SIGTERM or SIGINT.
@@ -72,7 +75,9 @@ enum Wake {
 /// # Errors
 /// What prevents the start. Once it watches it goes on, whatever fails, and reports it.
 pub async fn run(config: Config, paths: Paths) -> Result<()> {
-    let choice = Choice::new(&config.capture.interfaces).map_err(anyhow::Error::msg)?;
+    // First: a signal must not end a start halfway.
+    let mut stop = StopSignals::new()?;
+    let choice = Choice::new(&config.capture.interfaces).map_err(UsageError::Interface)?;
     kernel::preflight()?;
     let present = links::list().await?;
     check_interfaces(&choice, &present)?;
@@ -80,9 +85,10 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         create(directory)?;
     }
     let _locks = (lock(&paths.state)?, lock(&paths.runtime)?);
-
     let mut filter = FilterFile::new(config.filter.list.clone(), &paths.state);
     let list = filter.start()?;
+    let journal = Journal::open(&paths.log, config.log.max_mib << 20, TimeZone::system())
+        .with_context(|| format!("cannot open the logs in {}", paths.log.display()))?;
     let mode = match config.capture.mode {
         Mode::Tc => kernel::Mode::Tc,
         Mode::Xdp => kernel::Mode::Xdp,
@@ -92,22 +98,14 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     // gives the same descriptor every time.
     let ring = unsafe { AsyncFd::register_with_interest(kernel.ring_fd()?, Interest::READABLE)? };
 
+    // Last of what can fail: opening the spool begins a run.
     let limits = Limits { bytes: config.spool.max_mib << 20, ..Limits::default() };
     let (spool, recovered) = Spool::open(&paths.state.join("spool"), limits)?;
     let spool = SpoolHandle::new(spool);
-    let journal = Journal::open(&paths.log, config.log.max_mib << 20, TimeZone::system())
-        .with_context(|| format!("cannot open the logs in {}", paths.log.display()))?;
     let recorder = Recorder::new(spool.clone(), journal, recovered.run);
-
-    let identity = Identity::load(&paths.state.join("identity"))?;
-    if identity.is_none() {
-        tracing::warn!("not enrolled at a server: recording here only (`netmon-agent enroll`)");
-    }
-    let uplink = Uplink::start(identity, spool.clone());
-    let mut usb = usb::watch(usb::Options::default())?;
+    let uplink = Uplink::start(&paths.state.join("identity"), spool.clone());
+    let mut usb = Usb::start();
     let mut links = follow_links();
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
 
     let mut watch = Watch::start(Start {
         kernel,
@@ -128,13 +126,13 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     loop {
         let due = Duration::from_nanos(watch.due_ns().saturating_sub(Now::read().boot_ns));
         let wake = tokio::select! {
-            _ = terminate.recv() => Wake::Stop,
-            _ = interrupt.recv() => Wake::Stop,
+            () = stop.received() => Wake::Stop,
             () = tokio::time::sleep(due) => Wake::Due,
             output = usb.next() => Wake::Usb(output),
             Some(links) = links.recv() => Wake::Links(links),
-            ready = ring.readable() => {
-                ready?.clear_ready();
+            // An error means that the runtime ends; the sweeps empty the ring as well.
+            Ok(mut ready) = ring.readable() => {
+                ready.clear_ready();
                 Wake::Opened
             }
         };
@@ -142,50 +140,126 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         match wake {
             Wake::Opened => watch.opened(&now),
             Wake::Due => watch.due(&now),
-            Wake::Usb(Some(output)) => watch.usb(&now, output),
-            Wake::Usb(None) => {
-                tracing::error!("the USB watch ended, starting it again");
-                watch.usb(&now, UsbOutput::Watching(false));
-                usb = usb::watch(usb::Options::default())?;
-            }
+            Wake::Usb(output) => watch.usb(&now, output),
             Wake::Links(links) => watch.links(&now, links),
             Wake::Stop => break,
         }
     }
-    drop(usb);
-    watch.stop(&Now::read());
-    // The last records are worth a moment; whatever is not acknowledged by then stays in the spool.
-    if let Err(error) = spool.sync_in_background().await {
-        tracing::error!(error = &error as &dyn std::error::Error, "cannot write the spool's end");
+    let now = Now::read();
+    while let Some(output) = usb.next().now_or_never() {
+        watch.usb(&now, output);
     }
-    uplink.stop().await;
-    spool.close()?;
-    Ok(())
+    watch.stop(&now);
+    // From here on a second signal ends the process at once: everything is recorded and nothing is attached.
+    let finish = async {
+        if let Err(error) = spool.sync_in_background().await {
+            tracing::error!(error = &error as &dyn std::error::Error, "cannot write the spool's end");
+        }
+        // The last records are worth a moment; whatever is not acknowledged by then stays in the spool.
+        uplink.stop().await;
+        usb.stop().await;
+        spool.close()
+    };
+    tokio::select! {
+        closed = finish => Ok(closed?),
+        () = stop.received() => Ok(()),
+    }
+}
+
+/// SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal is gone).
+struct StopSignals([Signal; 3]);
+
+impl StopSignals {
+    fn new() -> Result<Self> {
+        let on = |kind| signal(kind).context("cannot listen to signals");
+        Ok(Self([on(SignalKind::terminate())?, on(SignalKind::interrupt())?, on(SignalKind::hangup())?]))
+    }
+
+    async fn received(&mut self) {
+        let [terminate, interrupt, hangup] = &mut self.0;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}
+
+/// The USB watch, started again when it cannot be started or dies.
+struct Usb {
+    watch: Option<UsbWatch>,
+    /// Boot time of the next attempt to start it.
+    retry_ns: u64,
+}
+
+impl Usb {
+    /// Between two attempts to start it.
+    const RETRY_NS: u64 = 1_000_000_000;
+    /// Its thread may wait for a device that hangs; the agent's end does not.
+    const END: Duration = Duration::from_secs(1);
+
+    fn start() -> Self {
+        let retry_ns = Now::read().boot_ns + Self::RETRY_NS;
+        let watch = usb::watch(usb::Options::default())
+            .inspect_err(|error| {
+                tracing::error!(error = error as &dyn std::error::Error, "cannot watch USB, trying again");
+            })
+            .ok();
+        Self { watch, retry_ns }
+    }
+
+    /// Cancel safe.
+    async fn next(&mut self) -> UsbOutput {
+        if let Some(watch) = &mut self.watch {
+            if let Some(output) = watch.next().await {
+                return output;
+            }
+            tracing::error!("the USB watch died, starting it again");
+            self.watch = None;
+            return UsbOutput::Watching(false);
+        }
+        let pause = self.retry_ns.saturating_sub(Now::read().boot_ns);
+        tokio::time::sleep(Duration::from_nanos(pause)).await;
+        *self = Self::start();
+        UsbOutput::Watching(false)
+    }
+
+    async fn stop(self) {
+        let (ended, end) = tokio::sync::oneshot::channel();
+        // A thread, not a task: the runtime would wait for it.
+        std::thread::spawn(move || {
+            drop(self.watch);
+            let _ = ended.send(());
+        });
+        if tokio::time::timeout(Self::END, end).await.is_err() {
+            tracing::warn!("the USB watch does not end, a device seems to hang");
+        }
+    }
 }
 
 /// The delivery, on a task of its own.
 struct Uplink {
     status: watch::Receiver<UplinkStatus>,
     shutdown: watch::Sender<bool>,
-    task: Option<JoinHandle<()>>,
+    task: JoinHandle<()>,
 }
 
 impl Uplink {
-    fn start(identity: Option<Identity>, spool: SpoolHandle) -> Self {
+    fn start(identity: &Path, spool: SpoolHandle) -> Self {
         let (shutdown, stopped) = watch::channel(false);
         let (sender, status) = watch::channel(UplinkStatus::default());
         let introduction =
             Introduction { agent_version: env!("CARGO_PKG_VERSION").into(), hostname: hostname() };
-        let task = identity
-            .map(|identity| tokio::spawn(uplink::run(identity, spool, introduction, stopped, sender)));
+        let identity = identity.to_owned();
+        let task = tokio::spawn(async move {
+            uplink::run_whenever_enrolled(&identity, spool, introduction, stopped, sender).await;
+        });
         Self { status, shutdown, task }
     }
 
     async fn stop(self) {
         self.shutdown.send_replace(true);
-        if let Some(task) = self.task
-            && let Err(error) = task.await
-        {
+        if let Err(error) = self.task.await {
             tracing::error!(%error, "the delivery did not end in good order");
         }
     }

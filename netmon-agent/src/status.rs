@@ -3,6 +3,7 @@
 //! A file, not a socket: it can be read by anything, and a file that grows old shows that nobody watches.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use netmon_common::model::{Coverage, Interface};
@@ -36,6 +37,9 @@ pub struct Status {
     pub filter: String,
     /// The connection to the server.
     pub server: String,
+    /// The latest sockets to the server, local port and remote address: an agent that starts after this one was killed
+    /// still gets the old connection's packets, and knows them by this.
+    pub sockets: Vec<(u16, SocketAddr)>,
     /// Bytes that wait in the spool.
     pub spool_bytes: u64,
     /// As the next "still watching" record would say it.
@@ -130,6 +134,13 @@ pub fn remove(runtime: &Path) {
     }
 }
 
+/// The sockets of an agent that died here, as it last wrote them.
+pub fn sockets_left(runtime: &Path) -> Vec<(u16, SocketAddr)> {
+    let status =
+        std::fs::read(file(runtime)).ok().and_then(|bytes| serde_json::from_slice::<Status>(&bytes).ok());
+    status.map(|status| status.sockets).unwrap_or_default()
+}
+
 /// The status of the agent that runs now.
 ///
 /// # Errors
@@ -199,6 +210,7 @@ mod tests {
             failed_interfaces: Vec::new(),
             filter: String::new(),
             server: String::new(),
+            sockets: Vec::new(),
             spool_bytes: 0,
             coverage: Coverage::default(),
         }

@@ -186,7 +186,7 @@ impl Transfers {
         }
     }
 
-    /// Ends one transfer now: its device is gone, or it is muted from now on.
+    /// Ends one transfer now: its device is gone.
     pub fn end(&mut self, key: &Key, reason: EndReason) {
         let Some(burst) = self.bursts.remove(key) else { return };
         let ended = burst.report(key, Phase::Ended(reason));

@@ -1,13 +1,13 @@
 //! The running watch: what comes from the kernel, from USB and from the interfaces becomes events.
 
-use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
-use netmon_common::abi::Stats;
+use netmon_common::abi::{MAX_FLOWS, Stats};
 use netmon_common::model::{
-    AgentStarted, Coverage, EndReason, Event, Filter, Gap, GapReason, Interface, Opened, Service,
+    AgentStarted, Coverage, EndReason, Event, Filter, Gap, GapReason, Opened, Service, Traffic,
 };
 use netmon_common::prefixes::PrefixList;
 use netmon_common::raw::Raw;
@@ -17,6 +17,7 @@ use crate::clock::Now;
 use crate::config::Config;
 use crate::filter::{AtStart, FilterFile};
 use crate::flows::{Flows, Moved, Policy};
+use crate::interfaces::Interfaces;
 use crate::kernel::{FlowReading, Kernel};
 use crate::ledger::{self, Ledger};
 use crate::links::{Choice, Link};
@@ -32,9 +33,9 @@ const SECOND_NS: u64 = 1_000_000_000;
 const SWEEP_NS: u64 = SECOND_NS / 4;
 /// A new flow brings the next sweep forward, but two sweeps keep at least this distance.
 const EAGER_SWEEP_NS: u64 = SECOND_NS / 20;
-/// A flow that was silent for this long leaves the kernel's table: long enough that it rarely comes back, short
-/// enough that the table holds what is alive.
-const RETIRE_NS: u64 = 30 * SECOND_NS;
+/// "Flow opened" records that are taken in at once: a flood of them must not hold up the loop. What is left waits in the
+/// ring for the next sweep.
+const RECORDS_AT_ONCE: usize = 8_192;
 /// A sweep that comes this late may have let two bursts run into one.
 const STALLED_NS: u64 = 2 * SECOND_NS;
 
@@ -67,14 +68,12 @@ pub struct Watch {
     uplink: watch::Receiver<UplinkStatus>,
     filter: FilterFile,
     list: PrefixList,
-    choice: Choice,
     config: Config,
     runtime: PathBuf,
+    /// Sockets to the server of an agent that died here.
+    sockets_left: Vec<(u16, SocketAddr)>,
     run: u32,
-    /// Interfaces as last listed, by index.
-    links: BTreeMap<u32, Link>,
-    watched: BTreeMap<u32, Interface>,
-    failed: BTreeMap<u32, String>,
+    interfaces: Interfaces,
     lan: Vec<IpNet>,
     usb: bool,
     flows: Flows,
@@ -82,6 +81,10 @@ pub struct Watch {
     transfers: Transfers,
     ledger: Ledger,
     readings: Vec<FlowReading>,
+    /// Flows in the fuller one of the kernel's two tables at the last sweep.
+    table: usize,
+    /// Wall time since which the tables cannot be read.
+    unreadable_since: Option<i64>,
     stats: Stats,
     overflowed: u64,
     timers: Timers,
@@ -129,13 +132,11 @@ impl Watch {
             uplink,
             filter,
             list,
-            choice,
+            interfaces: Interfaces::new(choice, &now),
             config,
+            sockets_left: status::sockets_left(&runtime),
             runtime,
             run: recovered.run,
-            links: BTreeMap::new(),
-            watched: BTreeMap::new(),
-            failed: BTreeMap::new(),
             lan: Vec::new(),
             usb: false,
             flows: Flows::default(),
@@ -143,6 +144,8 @@ impl Watch {
             transfers: Transfers::default(),
             ledger: Ledger::new(now.wall_ns),
             readings: Vec::new(),
+            table: 0,
+            unreadable_since: None,
             stats: Stats::default(),
             overflowed: 0,
             timers: Timers {
@@ -178,10 +181,16 @@ impl Watch {
                 previous_run_died: recovered.previous_run_died,
             }),
         );
-        if let Some(from_wall_ns) = recovered.last_wall_ns {
-            let gap =
-                Gap { reason: GapReason::AgentDown, from_wall_ns, to_wall_ns: now.wall_ns, count: None };
-            self.recorder.record(now, Event::Gap(gap));
+        let to_wall_ns = now.wall_ns;
+        let mut gap = |reason, from_wall_ns, count| {
+            self.recorder.record(now, Event::Gap(Gap { reason, from_wall_ns, to_wall_ns, count }));
+        };
+        if let Some(last) = recovered.last_wall_ns {
+            gap(GapReason::AgentDown, last, None);
+        }
+        if recovered.damaged_bytes > 0 {
+            let last = recovered.last_wall_ns.unwrap_or(to_wall_ns);
+            gap(GapReason::SpoolDamaged, last, Some(recovered.damaged_bytes));
         }
         self.recorder.record_spool_losses(now);
     }
@@ -193,9 +202,32 @@ impl Watch {
 
     /// The ring has records. The tables hold the same flows with their counters: sweep them soon.
     pub fn opened(&mut self, now: &Now) {
-        while self.kernel.next_opened().is_some() {}
+        self.take_records();
         let eager = self.timers.last_sweep + EAGER_SWEEP_NS;
         self.timers.next_sweep = self.timers.next_sweep.min(eager.max(now.boot_ns));
+    }
+
+    /// Empties the ring. Flows for which the table had no room are known from their records alone: one packet each,
+    /// as many as the ring took. Too little for sums, enough to name whom this PC talks to while the table is full.
+    fn take_records(&mut self) {
+        let records = std::iter::from_fn(|| self.kernel.next_opened()).take(RECORDS_AT_ONCE);
+        let readings: Vec<FlowReading> =
+            records.filter_map(|record| FlowReading::unstored(&record)).collect();
+        if !readings.is_empty() {
+            self.take_in(&readings);
+        }
+    }
+
+    fn take_in(&mut self, readings: &[FlowReading]) {
+        self.policy.own.clone_from(&self.sockets_left);
+        self.policy.own.extend_from_slice(&self.uplink.borrow().sockets);
+        let name = |index| self.interfaces.name(index);
+        for moved in self.flows.observe(readings, &self.policy, self.ledger.period(), name) {
+            match moved {
+                Moved::Activity(activity) => self.transfers.activity(activity),
+                Moved::Muted(label, traffic, flows) => self.ledger.add(&label, traffic, flows),
+            }
+        }
     }
 
     /// Does what is due.
@@ -206,6 +238,8 @@ impl Watch {
         if now.boot_ns >= self.timers.next_second {
             self.timers.next_second = now.boot_ns + SECOND_NS;
             self.poll_filter(now);
+            self.interfaces.retry(now, &mut self.kernel, &mut self.recorder);
+            self.refill_if_changed();
             self.record_losses(now);
             self.write_status(now);
         }
@@ -215,6 +249,7 @@ impl Watch {
         }
         if now.boot_ns >= self.timers.next_coverage {
             self.timers.next_coverage = now.boot_ns + self.config.report.coverage_s * SECOND_NS;
+            self.interfaces.verify(now, &mut self.kernel, &mut self.recorder);
             let coverage = self.coverage();
             self.recorder.record(now, Event::Coverage(coverage));
         }
@@ -230,20 +265,34 @@ impl Watch {
         }
         self.timers.last_sweep = now.boot_ns;
         self.timers.next_sweep = now.boot_ns + SWEEP_NS;
-        self.readings.clear();
-        if let Err(error) = self.kernel.sweep(now.boot_ns, RETIRE_NS, &mut self.readings) {
-            tracing::error!(error = &error as &dyn std::error::Error, "cannot read the kernel's flow tables");
-        }
-        self.policy.own.clone_from(&self.uplink.borrow().sockets);
-        let links = &self.links;
-        let name = |index| links.get(&index).map_or_else(Raw::default, |link| Raw::from(link.name.as_str()));
-        for moved in self.flows.observe(&self.readings, &self.policy, self.ledger.period(), name) {
-            match moved {
-                Moved::Activity(activity) => self.transfers.activity(activity),
-                Moved::Muted(label, traffic, flows) => self.ledger.add(&label, traffic, flows),
+        // Also without a wake-up: a lost one must not leave the ring full for ever.
+        self.take_records();
+        let mut readings = std::mem::take(&mut self.readings);
+        readings.clear();
+        let retire_after_ns = retire_after_ns(self.table);
+        match self.kernel.sweep(now.boot_ns, retire_after_ns, &mut readings) {
+            Ok(()) => {
+                let ipv4 = readings.iter().filter(|reading| reading.flow.local.is_ipv4()).count();
+                self.table = ipv4.max(readings.len() - ipv4);
+                if let Some(from_wall_ns) = self.unreadable_since.take() {
+                    let (reason, to_wall_ns) = (GapReason::TablesUnreadable, now.wall_ns);
+                    let gap = Gap { reason, from_wall_ns, to_wall_ns, count: None };
+                    self.recorder.record(now, Event::Gap(gap));
+                }
+                self.take_in(&readings);
+                // Only now is it known what moved until `now`.
+                self.transfers.handle_timeout(now.boot_ns);
+            }
+            Err(error) => {
+                self.take_in(&readings);
+                if self.unreadable_since.is_none() {
+                    self.unreadable_since = Some(now.wall_ns);
+                    let error = &error as &dyn std::error::Error;
+                    tracing::error!(error, "cannot read the kernel's flow tables, trying again");
+                }
             }
         }
-        self.transfers.handle_timeout(now.boot_ns);
+        self.readings = readings;
         self.record_transfers(now);
     }
 
@@ -253,6 +302,8 @@ impl Watch {
                 Output::Report(report) => {
                     self.recorder.record(now, Event::Transfer(report.into_transfer(now)))
                 }
+                // A disk that had requests in flight and moved nothing.
+                Output::Discarded(traffic) if traffic == Traffic::default() => {}
                 Output::Discarded(traffic) => self.ledger.add(ledger::NO_PAYLOAD, traffic, 1),
                 Output::Overflow(traffic) => {
                     self.overflowed += 1;
@@ -294,85 +345,48 @@ impl Watch {
         self.recorder.record_spool_losses(now);
     }
 
-    /// Takes in the interfaces: attaches to those that came, forgets those that went.
+    /// Takes in the interfaces as they are now.
     pub fn links(&mut self, now: &Now, links: Vec<Link>) {
-        self.links = links.into_iter().map(|link| (link.index, link)).collect();
-        let wanted = |link: &Link| self.choice.wants(link);
-        let gone: Vec<u32> =
-            self.watched.keys().copied().filter(|index| !self.links.get(index).is_some_and(wanted)).collect();
-        for index in gone {
-            if let Err(error) = self.kernel.detach(index) {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    index,
-                    "cannot detach from an interface"
-                );
-            }
-            if let Some(interface) = self.watched.remove(&index) {
-                self.recorder.record(now, Event::InterfaceDetached(interface));
-            }
-        }
-        self.failed.retain(|index, _| self.links.contains_key(index));
-        let new: Vec<Link> = self
-            .links
-            .values()
-            .filter(|link| wanted(link) && !self.watched.contains_key(&link.index))
-            .cloned()
-            .collect();
-        for link in new {
-            self.attach(now, &link);
-        }
-        if self.lan != self.private_prefixes()
-            && let Err(error) = self.refill()
-        {
-            tracing::error!(error = &*error, "cannot refill the kernel's prefix tables");
-        }
+        self.interfaces.update(now, links, &mut self.kernel, &mut self.recorder);
+        self.refill_if_changed();
         self.write_status(now);
-    }
-
-    fn attach(&mut self, now: &Now, link: &Link) {
-        let name = Raw::from(link.name.as_str());
-        match self.kernel.attach(link.index) {
-            Ok(hook) => {
-                self.failed.remove(&link.index);
-                let interface = Interface { name, index: link.index, hook };
-                self.watched.insert(link.index, interface.clone());
-                self.recorder.record(now, Event::InterfaceAttached(interface));
-            }
-            Err(error) => {
-                let text = format!("{}: {}", name.escaped(), crate::chain(&error));
-                // Listed anew on every change: say it once.
-                if self.failed.insert(link.index, text.clone()).as_ref() != Some(&text) {
-                    tracing::error!(interface = %name.escaped(), error = &error as &dyn std::error::Error, "cannot watch an interface");
-                    let gap = Gap {
-                        reason: GapReason::InterfaceNotWatched,
-                        from_wall_ns: now.wall_ns,
-                        to_wall_ns: now.wall_ns,
-                        count: None,
-                    };
-                    self.recorder.record(now, Event::Gap(gap));
-                }
-            }
-        }
     }
 
     /// Built in, configured, and whatever the PC's own interfaces have on their links.
     fn private_prefixes(&self) -> Vec<IpNet> {
         let built_in = PRIVATE.iter().filter_map(|prefix| prefix.parse().ok());
-        let own = self.links.values().flat_map(|link| &link.on_link);
-        let mut prefixes: Vec<IpNet> =
-            built_in.chain(self.config.capture.lan.iter().map(IpNet::trunc)).chain(own.copied()).collect();
+        let configured = self.config.capture.lan.iter().map(IpNet::trunc);
+        let mut prefixes: Vec<IpNet> = built_in.chain(configured).chain(self.interfaces.on_link()).collect();
         prefixes.sort();
         prefixes.dedup();
         prefixes
     }
 
+    /// Fills the kernel's tries. A label keeps its number for as long as the agent runs: what was counted under the old
+    /// list is summed under the old list's label.
     fn refill(&mut self) -> Result<()> {
+        let mut numbers = Vec::new();
+        for label in self.list.labels() {
+            let known = self.policy.labels.iter().position(|known| known == label);
+            let number = known.unwrap_or(self.policy.labels.len());
+            if known.is_none() {
+                self.policy.labels.push(label.clone());
+            }
+            numbers.push(u16::try_from(number).context("too many labels since the agent was started")?);
+        }
+        let numbered = |(prefix, label): (IpNet, u16)| Some((prefix, *numbers.get(usize::from(label))?));
         let lan = self.private_prefixes();
-        self.kernel.set_prefixes(&lan, self.list.prefixes())?;
+        self.kernel.set_prefixes(&lan, self.list.prefixes().filter_map(numbered))?;
         self.lan = lan;
-        self.policy.labels = self.list.labels().to_vec();
         Ok(())
+    }
+
+    fn refill_if_changed(&mut self) {
+        if self.lan != self.private_prefixes()
+            && let Err(error) = self.refill()
+        {
+            tracing::error!(error = &*error, "cannot refill the kernel's prefix tables, trying again");
+        }
     }
 
     fn poll_filter(&mut self, now: &Now) {
@@ -425,7 +439,7 @@ impl Watch {
 
     fn coverage(&self) -> Coverage {
         let spool = self.spool.stats();
-        let interfaces = self.watched.values().take(Coverage::MAX_INTERFACES);
+        let interfaces = self.interfaces.watched().take(Coverage::MAX_INTERFACES);
         Coverage {
             interfaces: interfaces.map(|interface| interface.name.clone()).collect(),
             usb: self.usb,
@@ -434,8 +448,11 @@ impl Watch {
             seen: self.stats.seen,
             counted: self.stats.counted,
             not_ip: self.stats.not_ip,
+            not_ip_bytes: self.stats.not_ip_bytes,
             other_protocol: self.stats.other_protocol,
+            other_protocol_bytes: self.stats.other_protocol_bytes,
             malformed: self.stats.malformed,
+            malformed_bytes: self.stats.malformed_bytes,
             table_full: self.stats.table_full,
             ring_full: self.stats.ring_full,
             backlog: spool.backlog,
@@ -445,18 +462,22 @@ impl Watch {
 
     fn write_status(&self, now: &Now) {
         let status = Status {
-            state: if self.watched.is_empty() { State::NoInterface } else { State::Watching },
+            state: match self.interfaces.watched().next() {
+                Some(_) => State::Watching,
+                None => State::NoInterface,
+            },
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             run: self.run,
             updated_boot_ns: now.boot_ns,
             updated_wall_ns: now.wall_ns,
-            interfaces: self.watched.values().map(Into::into).collect(),
-            failed_interfaces: self.failed.values().cloned().collect(),
+            interfaces: self.interfaces.watched().map(Into::into).collect(),
+            failed_interfaces: self.interfaces.failures(),
             filter: format!("{}, {} prefixes", self.filter.source(), self.list.len()),
             server: self.uplink.borrow().describe(now),
+            sockets: self.uplink.borrow().sockets.clone(),
             spool_bytes: self.spool.stats().bytes,
-            counters: (&self.coverage()).into(),
+            coverage: self.coverage(),
         };
         if let Err(error) = status::write(&self.runtime, &status) {
             tracing::error!(%error, directory = %self.runtime.display(), "cannot write the status");
@@ -469,6 +490,7 @@ impl Watch {
         self.transfers.end_all(EndReason::AgentStopped);
         self.record_transfers(now);
         self.record_muted(now);
+        self.interfaces.stop(now, &mut self.recorder);
         self.record_losses(now);
         let coverage = self.coverage();
         self.recorder.record(now, Event::Coverage(coverage));
@@ -479,6 +501,20 @@ impl Watch {
         }
     }
 }
+
+/// How long a flow is kept after its last packet, by the number of flows in its table. A flow that comes back later is a
+/// new one, and a connection's opener and protocol are told by its first packets: keep it while there is room. A table
+/// that fills up (a scan, a flood) must have room for what really moves.
+fn retire_after_ns(table: usize) -> u64 {
+    match table {
+        0..2_048 => 300 * SECOND_NS,
+        2_048..16_384 => 30 * SECOND_NS,
+        16_384..MAX_FLOWS_HALF => 10 * SECOND_NS,
+        _ => 3 * SECOND_NS,
+    }
+}
+
+const MAX_FLOWS_HALF: usize = MAX_FLOWS / 2;
 
 /// `/proc/sys/kernel/random/boot_id`; zeros where it cannot be read.
 fn boot_id() -> [u8; 16] {

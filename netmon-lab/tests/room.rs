@@ -26,9 +26,8 @@ fn a_copy_is_on_the_interface_counters_of_both_pcs_alike() {
     let after_2 = room.pc(2).counters("lan0").unwrap().since(before_2);
     assert_eq!((after_1.tx_bytes, after_1.tx_packets), (after_2.rx_bytes, after_2.rx_packets));
     assert_eq!((after_1.rx_bytes, after_1.rx_packets), (after_2.tx_bytes, after_2.tx_packets));
-    // No super-packets: each frame carries at most 1,448 bytes of the stream (MTU 1,500 without IP and TCP header).
-    assert!(after_1.tx_packets >= 5 * MEGABYTE / 1_448, "{after_1:?}");
-    // At most 40 to 60 bytes of headers a packet, and retransmissions, which a bridge without loss has few of.
+    // At least 40 bytes of headers a frame (a super-packet has one set of them), and retransmissions, which a bridge
+    // without loss has few of.
     let headers = after_1.tx_l3() - 5 * MEGABYTE;
     assert!(headers >= 40 * after_1.tx_packets && headers < MEGABYTE, "{headers} B of headers, {after_1:?}");
 }

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use crate::{setup, sh, vm};
@@ -42,6 +42,7 @@ pub fn run(parts: &[Part]) -> Result<()> {
     }
     if wanted(Part::Lab) {
         setup::require_root("the lab")?;
+        require_tcx()?;
         setup::lab()?;
         sh::run(cargo().args(["build", "--locked", "--workspace", "--bins"]))?;
         // The room's tests judge seconds: two rooms at once, whatever the number of CPUs.
@@ -52,6 +53,18 @@ pub fn run(parts: &[Part]) -> Result<()> {
         vm::run(&vm::Args::usb_tests(USB_KERNEL))?;
         let (kernel, command) = OLDEST_KERNEL;
         vm::run(&vm::Args::command(kernel, "kernel", &["ip", "tc"], command))?;
+    }
+    Ok(())
+}
+
+/// The lab's tests look at TCX. What older kernels do is tested in the virtual machines.
+fn require_tcx() -> Result<()> {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    if (numbers.next(), numbers.next()) < (Some(6_u32), Some(6_u32)) {
+        bail!(
+            "the lab's tests need Linux 6.6 or later (TCX), this is {release}; the parts lint, unit and vm run here"
+        );
     }
     Ok(())
 }

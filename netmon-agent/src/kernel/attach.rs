@@ -66,7 +66,7 @@ impl Attached {
                     source,
                 })?
             } else {
-                netlink::filters(self.ifindex, egress)?
+                netlink::filters(self.ifindex, egress)?.iter().map(|filter| filter.program).collect()
             };
             if !programs.contains(program) {
                 return Ok(false);
@@ -115,7 +115,7 @@ pub(super) fn attach(
         return Err(KernelError::UnsupportedLink { interface, link_type });
     };
     // Filters outlive their process. An agent that was killed may have left some.
-    remove_stale_filters(&interface)?;
+    remove_stale_filters(&interface, ifindex)?;
     let mut attached =
         Attached { hook: Hook::Tcx, interface, ifindex, qdisc: false, tc: Vec::new(), xdp: None };
     match attach_all(ebpf, mode, tcx, layer, &mut attached) {
@@ -218,21 +218,19 @@ fn attach_xdp(ebpf: &mut Ebpf, attached: &Attached) -> Result<Xdp, KernelError> 
     Ok(Xdp { program: program.info().map_err(failed)?.id(), _link: link })
 }
 
-fn remove_stale_filters(interface: &str) -> Result<(), KernelError> {
+/// Ours are known by name and place. What else hangs there, of whatever kind, is not touched.
+fn remove_stale_filters(interface: &str, ifindex: u32) -> Result<(), KernelError> {
     for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
-        for name in TC_PROGRAMS {
-            match tc::qdisc_detach_program(interface, direction, name) {
-                Ok(()) => {
-                    let interface = Escaped(interface.as_bytes());
-                    tracing::warn!(%interface, name, "removed a filter of an agent that died");
-                }
-                Err(TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(source) => {
-                    let interface = interface.to_owned();
-                    return Err(KernelError::StaleFilters { interface, source: Box::new(source) });
-                }
-            }
-        }
+        let filters = netlink::filters(ifindex, direction == TcAttachType::Egress)?;
+        let Some(stale) = filters.iter().find(|filter| TC_PROGRAMS.contains(&filter.name.as_str())) else {
+            continue;
+        };
+        let link = SchedClassifierLink::attached(interface, direction, CLSACT_PRIORITY, CLSACT_HANDLE, None);
+        link.map_err(ProgramError::from).and_then(aya::programs::Link::detach).map_err(|source| {
+            KernelError::StaleFilters { interface: interface.to_owned(), source: Box::new(source) }
+        })?;
+        let interface = Escaped(interface.as_bytes());
+        tracing::warn!(%interface, name = stale.name, "removed a filter of an agent that died");
     }
     Ok(())
 }

@@ -153,7 +153,7 @@ pub enum KernelError {
         /// Name.
         interface: String,
         /// Why not.
-        source: Box<aya::programs::tc::TcError>,
+        source: Box<ProgramError>,
     },
     /// The kernel did not tell which programs hang on an interface.
     #[error("cannot list the programs on interface {}", Escaped(.interface.as_bytes()))]

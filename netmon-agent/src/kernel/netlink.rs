@@ -72,25 +72,43 @@ fn xdp_program(attribute: &LinkXdp) -> Option<u32> {
     }
 }
 
-/// Kernel's numbers of the programs in the clsact filters of an interface; none when it has no such qdisc.
-pub(super) fn filters(ifindex: u32, egress: bool) -> Result<Vec<u32>, KernelError> {
+/// A BPF filter on a clsact qdisc.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Filter {
+    /// Kernel's number of its program.
+    pub program: u32,
+    /// Its name, which is its program's.
+    pub name: String,
+}
+
+/// The BPF filters on the clsact qdisc of an interface; none when it has no such qdisc. Filters of other kinds do not
+/// concern us.
+pub(super) fn filters(ifindex: u32, egress: bool) -> Result<Vec<Filter>, KernelError> {
     let parent = if egress { CLSACT_EGRESS } else { CLSACT_INGRESS };
     let answers = match ask(RouteNetlinkMessage::GetTrafficFilter(tc(ifindex, parent)), NLM_F_DUMP) {
         Err(error) if gone(&error) => Vec::new(),
         answers => answers.map_err(|source| KernelError::Netlink { action: "list the filters", source })?,
     };
-    let mut programs = Vec::new();
+    let mut filters = Vec::new();
     for answer in answers {
-        let RouteNetlinkMessage::NewTrafficFilter(filter) = answer else { continue };
-        for attribute in filter.attributes {
+        let RouteNetlinkMessage::NewTrafficFilter(message) = answer else { continue };
+        let mut filter = Filter::default();
+        for attribute in message.attributes {
             let TcAttribute::Options(options) = attribute else { continue };
-            programs.extend(options.iter().filter_map(|option| match option {
-                TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
-                _ => None,
-            }));
+            for option in options {
+                match option {
+                    TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => filter.program = id,
+                    TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => filter.name = name,
+                    _ => {}
+                }
+            }
+        }
+        // Only BPF filters have a program.
+        if filter.program != 0 {
+            filters.push(filter);
         }
     }
-    Ok(programs)
+    Ok(filters)
 }
 
 /// The interface or its clsact qdisc is not there (any more).

@@ -179,6 +179,18 @@ pub enum Traffic {
         #[arg(long)]
         rate: Option<u32>,
     },
+    /// Sends one UDP datagram in each of many flows, as any user can
+    UdpScan {
+        /// Whom: the port is where it begins
+        #[command(flatten)]
+        connect: Connect,
+        /// How many flows
+        #[arg(long)]
+        flows: u32,
+        /// Flows per second
+        #[arg(long)]
+        rate: u32,
+    },
     /// Answers DNS queries for A records
     DnsServe {
         /// Its end of the connections
@@ -236,6 +248,7 @@ impl Traffic {
             Self::UdpSend { connect, count, size, rate } => {
                 udp::send(&connect, count, size, rate)?.print()?
             }
+            Self::UdpScan { connect, flows, rate } => udp::scan(&connect, flows, rate)?.print()?,
             Self::DnsServe { serve, count } => dns::serve(&serve, count)?.print()?,
             Self::DnsQuery { connect, name } => dns::query(&connect, &name)?.print()?,
             Self::InjectUsb { action, serial } => inject_usb(action, serial)?.print()?,

@@ -1,0 +1,169 @@
+//! Which interfaces are watched, which should be and are not, and since when.
+//!
+//! An attachment that failed is tried again every second, and one that somebody took away is noticed at the next
+//! [`Interfaces::verify`]: "watching" is checked, not assumed.
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use netmon_common::model::{Event, Gap, GapReason, Interface, InterfaceFailed};
+use netmon_common::raw::Raw;
+
+use crate::chain;
+use crate::clock::Now;
+use crate::kernel::Kernel;
+use crate::links::{Choice, Link};
+use crate::recorder::Recorder;
+
+/// The interfaces of this PC.
+#[derive(Debug)]
+pub struct Interfaces {
+    choice: Choice,
+    /// As last listed, by index.
+    links: BTreeMap<u32, Link>,
+    watched: BTreeMap<u32, Interface>,
+    failed: BTreeMap<u32, Failure>,
+    /// All of `watched` was seen to be attached at this wall time.
+    verified_wall_ns: i64,
+}
+
+#[derive(Debug)]
+struct Failure {
+    error: String,
+    since_wall_ns: i64,
+}
+
+impl Interfaces {
+    /// Nothing is known yet.
+    pub fn new(choice: Choice, now: &Now) -> Self {
+        Self {
+            choice,
+            links: BTreeMap::new(),
+            watched: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            verified_wall_ns: now.wall_ns,
+        }
+    }
+
+    /// Takes in a new list: attaches to what came, forgets what went.
+    pub fn update(&mut self, now: &Now, links: Vec<Link>, kernel: &mut Kernel, recorder: &mut Recorder) {
+        self.links = links.into_iter().map(|link| (link.index, link)).collect();
+        let is_wanted = |index: &u32| self.links.get(index).is_some_and(|link| self.choice.wants(link));
+        let gone: Vec<u32> = self.watched.keys().copied().filter(|index| !is_wanted(index)).collect();
+        let given_up: Vec<u32> = self.failed.keys().copied().filter(|index| !is_wanted(index)).collect();
+        for index in gone {
+            self.detach(now, index, kernel, recorder);
+        }
+        for index in given_up {
+            self.end_failure(now, index, recorder);
+        }
+        self.attach_missing(now, kernel, recorder);
+    }
+
+    /// Tries again what failed.
+    pub fn retry(&mut self, now: &Now, kernel: &mut Kernel, recorder: &mut Recorder) {
+        if !self.failed.is_empty() {
+            self.attach_missing(now, kernel, recorder);
+        }
+    }
+
+    /// Asks the kernel whether everything is still attached; what is not becomes a gap and is attached again.
+    pub fn verify(&mut self, now: &Now, kernel: &mut Kernel, recorder: &mut Recorder) {
+        for index in kernel.verify() {
+            let name = self.name(index);
+            tracing::error!(interface = %name.escaped(), "somebody has detached the programs, attaching again");
+            self.detach(now, index, kernel, recorder);
+            recorder.record(now, not_watched(self.verified_wall_ns, now));
+        }
+        self.attach_missing(now, kernel, recorder);
+        self.verified_wall_ns = now.wall_ns;
+    }
+
+    /// The agent stops: what was not watched until now is told.
+    pub fn stop(&mut self, now: &Now, recorder: &mut Recorder) {
+        let failed: Vec<u32> = self.failed.keys().copied().collect();
+        for index in failed {
+            self.end_failure(now, index, recorder);
+        }
+    }
+
+    /// Name of an interface; empty when it is not listed.
+    pub fn name(&self, index: u32) -> Raw {
+        self.links.get(&index).map_or_else(Raw::default, |link| Raw::from(link.name.as_str()))
+    }
+
+    /// What is watched, by index.
+    pub fn watched(&self) -> impl Iterator<Item = &Interface> {
+        self.watched.values()
+    }
+
+    /// What cannot be watched, each with its reason, for people.
+    pub fn failures(&self) -> Vec<String> {
+        let failed = self.failed.iter();
+        failed.map(|(index, failure)| format!("{}: {}", self.name(*index).escaped(), failure.error)).collect()
+    }
+
+    /// Prefixes of the PC's own links.
+    pub fn on_link(&self) -> impl Iterator<Item = IpNet> + '_ {
+        self.links.values().flat_map(|link| link.on_link.iter().copied())
+    }
+
+    fn attach_missing(&mut self, now: &Now, kernel: &mut Kernel, recorder: &mut Recorder) {
+        let missing: Vec<u32> = self
+            .links
+            .values()
+            .filter(|link| self.choice.wants(link) && !self.watched.contains_key(&link.index))
+            .map(|link| link.index)
+            .collect();
+        for index in missing {
+            self.attach(now, index, kernel, recorder);
+        }
+    }
+
+    fn attach(&mut self, now: &Now, index: u32, kernel: &mut Kernel, recorder: &mut Recorder) {
+        let name = self.name(index);
+        match kernel.attach(index) {
+            Ok(hook) => {
+                self.end_failure(now, index, recorder);
+                let interface = Interface { name, index, hook };
+                self.watched.insert(index, interface.clone());
+                recorder.record(now, Event::InterfaceAttached(interface));
+            }
+            Err(error) => {
+                let error = chain(&error);
+                let failure = self
+                    .failed
+                    .entry(index)
+                    .or_insert_with(|| Failure { error: String::new(), since_wall_ns: now.wall_ns });
+                // Tried every second: said once, and again when the reason changes.
+                if failure.error != error {
+                    tracing::error!(interface = %name.escaped(), error, "cannot watch an interface");
+                    failure.error.clone_from(&error);
+                    let error = Raw::new(error);
+                    recorder.record(now, Event::InterfaceFailed(InterfaceFailed { name, index, error }));
+                }
+            }
+        }
+    }
+
+    fn detach(&mut self, now: &Now, index: u32, kernel: &mut Kernel, recorder: &mut Recorder) {
+        if let Err(error) = kernel.detach(index) {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(error, index, "cannot detach from an interface");
+        }
+        if let Some(interface) = self.watched.remove(&index) {
+            recorder.record(now, Event::InterfaceDetached(interface));
+        }
+    }
+
+    fn end_failure(&mut self, now: &Now, index: u32, recorder: &mut Recorder) {
+        if let Some(failure) = self.failed.remove(&index) {
+            recorder.record(now, not_watched(failure.since_wall_ns, now));
+        }
+    }
+}
+
+fn not_watched(from_wall_ns: i64, now: &Now) -> Event {
+    let reason = GapReason::InterfaceNotWatched;
+    Event::Gap(Gap { reason, from_wall_ns, to_wall_ns: now.wall_ns, count: None })
+}
