@@ -1,7 +1,5 @@
 //! What any user of a PC can do to hide something: fill the kernel's flow table.
 
-#![expect(clippy::unwrap_used, reason = "a test ends where something is not as expected")]
-
 use std::time::Duration;
 
 use netmon_lab::generator::Generator;

@@ -32,9 +32,10 @@ struct Foreign<'a> {
 impl<'a> Foreign<'a> {
     fn attach(pc: &'a Host, classifier: &str, preference: u64) -> Self {
         for direction in ["ingress", "egress"] {
+            let mirror = Self::mirror(direction);
             let filter = format!(
                 "tc filter add dev lan0 {direction} protocol all pref {preference} \
-                 {classifier} action mirred egress mirror dev tap continue"
+                 {classifier} action mirred egress mirror dev {mirror} continue"
             );
             let words: Vec<_> = filter.split_whitespace().map(|word| word.replace('~', " ")).collect();
             pc.run(&words.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
@@ -42,13 +43,21 @@ impl<'a> Foreign<'a> {
         Self { pc, preference, before: pc.counters("lan0").unwrap() }
     }
 
+    /// Where the filter mirrors to. It tells the directions apart: tc shows u32 filters of both under each.
+    fn mirror(direction: &str) -> &'static str {
+        if direction == "ingress" { "tap" } else { "drain" }
+    }
+
     /// Packets that the filter's action counted.
     fn seen(&self, direction: &str) -> u64 {
         let text = self.pc.run(&["tc", "-s", "-j", "filter", "show", "dev", "lan0", direction]).unwrap();
         let filters: Vec<Value> = serde_json::from_str(&text).unwrap();
         let own = filters.iter().filter(|filter| filter["pref"] == self.preference);
-        let counts: Vec<_> =
-            own.filter_map(|filter| filter["options"]["actions"][0]["stats"]["packets"].as_u64()).collect();
+        let actions = own.map(|filter| &filter["options"]["actions"][0]);
+        let counts: Vec<_> = actions
+            .filter(|action| action["to_dev"] == Self::mirror(direction))
+            .filter_map(|action| action["stats"]["packets"].as_u64())
+            .collect();
         assert_eq!(counts.len(), 1, "{text}");
         counts[0]
     }
