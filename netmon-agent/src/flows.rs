@@ -57,8 +57,7 @@ impl Flows {
         period: u64,
         interface: impl Fn(u32) -> Raw,
     ) -> Vec<Moved> {
-        let mut activities = Vec::new();
-        let mut muted = Vec::new();
+        let mut moved = Vec::new();
         for FlowReading { flow, state, retired } in readings {
             let known = self.known.entry(*flow).or_default();
             let total = traffic_of(state);
@@ -68,30 +67,21 @@ impl Flows {
             let before_ns = std::mem::replace(&mut known.last_ns, state.last_ns);
             known.total = total;
             if traffic != Traffic::default() {
-                let service = service_of(flow, state);
-                match mute_label(flow, state, service, policy) {
-                    Some(label) => {
+                let first_ns = if state.burst_ns > before_ns { state.burst_ns } else { before_ns };
+                let one = moved_by(flow, state, traffic, first_ns, policy, &interface);
+                moved.push(match one {
+                    Moved::Muted(label, traffic, _) => {
                         let new = u64::from(std::mem::replace(&mut known.period, period) != period);
-                        muted.push(Moved::Muted(label, traffic, new));
+                        Moved::Muted(label, traffic, new)
                     }
-                    None => activities.push(Activity {
-                        key: key_of(flow, state, service),
-                        service,
-                        opened: opened_of(state),
-                        interface: interface(state.ifindex),
-                        first_ns: if state.burst_ns > before_ns { state.burst_ns } else { before_ns },
-                        last_ns: state.last_ns,
-                        traffic,
-                    }),
-                }
+                    activity => activity,
+                });
             }
             if *retired {
                 self.known.remove(flow);
             }
         }
-        activities.sort_by_key(|activity| (activity.first_ns, activity.last_ns));
-        muted.extend(activities.into_iter().map(Moved::Activity));
-        muted
+        in_order(moved)
     }
 
     /// Flows that are remembered.
@@ -103,6 +93,51 @@ impl Flows {
     pub fn is_empty(&self) -> bool {
         self.known.is_empty()
     }
+}
+
+/// The same for flows that found no room in the table: each reading is one packet and complete in itself. What is
+/// known of the table's flows is left alone, because such a flow may have found room since.
+pub fn observe_unstored(
+    readings: &[FlowReading],
+    policy: &Policy,
+    interface: impl Fn(u32) -> Raw,
+) -> Vec<Moved> {
+    let moved = readings.iter().map(|FlowReading { flow, state, .. }| {
+        moved_by(flow, state, traffic_of(state), state.first_ns, policy, &interface)
+    });
+    in_order(moved.collect())
+}
+
+fn moved_by(
+    flow: &FlowId,
+    state: &FlowState,
+    traffic: Traffic,
+    first_ns: u64,
+    policy: &Policy,
+    interface: impl Fn(u32) -> Raw,
+) -> Moved {
+    let service = service_of(flow, state);
+    match mute_label(flow, state, service, policy) {
+        Some(label) => Moved::Muted(label, traffic, 0),
+        None => Moved::Activity(Activity {
+            key: key_of(flow, state, service),
+            service,
+            opened: opened_of(state),
+            interface: interface(state.ifindex),
+            first_ns,
+            last_ns: state.last_ns,
+            traffic,
+        }),
+    }
+}
+
+/// The ledger's first, then the transfers' in order of time.
+fn in_order(mut moved: Vec<Moved>) -> Vec<Moved> {
+    moved.sort_by_key(|moved| match moved {
+        Moved::Muted(..) => (0, 0),
+        Moved::Activity(activity) => (activity.first_ns, activity.last_ns),
+    });
+    moved
 }
 
 fn traffic_of(state: &FlowState) -> Traffic {
@@ -250,6 +285,19 @@ mod tests {
         assert!(flows.is_empty());
         let back = look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, 40 * S, 40 * S, 41 * S, 1), false);
         assert_eq!(only_activity(back).traffic.tx_payload, 1_000);
+    }
+
+    #[test]
+    fn a_packet_outside_the_table_that_is_read_late_does_not_count_the_flow_twice() {
+        let (mut flows, policy) = (Flows::default(), Policy::default());
+        look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, 2 * S, 2 * S, 3 * S, 5), false);
+        let packet = FlowReading { flow: copy(), state: state(abi::CLASS_LAN, S, S, S, 1), retired: true };
+        let moved = observe_unstored(&[packet], &policy, |_| "eth0".into());
+        assert_eq!(only_activity(moved).traffic.tx_payload, 1_000);
+        assert_eq!(
+            look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, 2 * S, 2 * S, 3 * S, 5), false),
+            []
+        );
     }
 
     #[test]

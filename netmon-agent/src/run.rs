@@ -66,11 +66,11 @@ enum Wake {
     Usb(UsbOutput),
     /// The interfaces or addresses changed.
     Links(Vec<Link>),
-    /// SIGTERM or SIGINT.
+    /// SIGTERM, SIGINT or SIGHUP.
     Stop,
 }
 
-/// Watches until SIGTERM or SIGINT.
+/// Watches until SIGTERM, SIGINT or SIGHUP.
 ///
 /// # Errors
 /// What prevents the start. Once it watches it goes on, whatever fails, and reports it.

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use crate::clock::Now;
 use crate::config::Config;
 use crate::filter::{AtStart, FilterFile};
-use crate::flows::{Flows, Moved, Policy};
+use crate::flows::{Flows, Moved, Policy, observe_unstored};
 use crate::interfaces::Interfaces;
 use crate::kernel::{FlowReading, Kernel};
 use crate::ledger::{self, Ledger};
@@ -214,15 +214,26 @@ impl Watch {
         let readings: Vec<FlowReading> =
             records.filter_map(|record| FlowReading::unstored(&record)).collect();
         if !readings.is_empty() {
-            self.take_in(&readings);
+            self.update_own();
+            let moved = observe_unstored(&readings, &self.policy, |index| self.interfaces.name(index));
+            self.take_in(moved);
         }
     }
 
-    fn take_in(&mut self, readings: &[FlowReading]) {
+    fn take_in_sweep(&mut self, readings: &[FlowReading]) {
+        self.update_own();
+        let name = |index| self.interfaces.name(index);
+        let moved = self.flows.observe(readings, &self.policy, self.ledger.period(), name);
+        self.take_in(moved);
+    }
+
+    fn update_own(&mut self) {
         self.policy.own.clone_from(&self.sockets_left);
         self.policy.own.extend_from_slice(&self.uplink.borrow().sockets);
-        let name = |index| self.interfaces.name(index);
-        for moved in self.flows.observe(readings, &self.policy, self.ledger.period(), name) {
+    }
+
+    fn take_in(&mut self, moved: Vec<Moved>) {
+        for moved in moved {
             match moved {
                 Moved::Activity(activity) => self.transfers.activity(activity),
                 Moved::Muted(label, traffic, flows) => self.ledger.add(&label, traffic, flows),
@@ -279,12 +290,12 @@ impl Watch {
                     let gap = Gap { reason, from_wall_ns, to_wall_ns, count: None };
                     self.recorder.record(now, Event::Gap(gap));
                 }
-                self.take_in(&readings);
+                self.take_in_sweep(&readings);
                 // Only now is it known what moved until `now`.
                 self.transfers.handle_timeout(now.boot_ns);
             }
             Err(error) => {
-                self.take_in(&readings);
+                self.take_in_sweep(&readings);
                 if self.unreadable_since.is_none() {
                     self.unreadable_since = Some(now.wall_ns);
                     let error = &error as &dyn std::error::Error;

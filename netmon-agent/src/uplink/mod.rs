@@ -173,9 +173,10 @@ pub struct Introduction {
     pub hostname: Raw,
 }
 
-/// Delivers, as [`run`] does, as whoever this PC is enrolled as at the time: `directory` holds the identity (see
-/// [`Identity::load`]) and may be filled, changed or repaired meanwhile. Ends when `shutdown` becomes true (or its
-/// sender is gone); errors never end it.
+/// Delivers as whoever this PC is enrolled as at the time: `directory` holds the identity (see [`Identity::load`]) and
+/// may be filled, changed or repaired meanwhile. Ends when `shutdown` becomes true (or its sender is gone), after at
+/// most [`FAREWELL`] more for what the spool has synced by then. Errors never end it; they are logged and shown in
+/// `status`.
 pub async fn run_whenever_enrolled(
     directory: &Path,
     spool: SpoolHandle,
@@ -224,20 +225,6 @@ pub async fn run_whenever_enrolled(
             () = tokio::time::sleep(LOOK) => {}
         }
     }
-}
-
-/// Delivers as `identity` until `shutdown` becomes true (or its sender is gone): then at most [`FAREWELL`] more for
-/// what the spool has synced by then, and the connection is closed. Errors never end it; they are logged and shown
-/// in `status`.
-pub async fn run(
-    identity: Identity,
-    spool: SpoolHandle,
-    introduction: Introduction,
-    mut shutdown: watch::Receiver<bool>,
-    status: watch::Sender<UplinkStatus>,
-) {
-    let never = std::future::pending();
-    run_until(never, &identity, spool, introduction, &mut shutdown, &status).await;
 }
 
 /// Why a delivery ended.
