@@ -12,9 +12,8 @@ use core::arch::asm;
 
 use aya_ebpf::helpers::generated::bpf_ringbuf_query;
 use netmon_common::abi::{
-    CLASS_GROUP, Evicted, FlowOpened, HINT_FRAGMENTS, HINT_QUIC, IPPROTO_UDP, OPENED_HERE,
-    OPENED_THERE, OPENED_UNKNOWN, REGION_SETS, RING_BYTES, SILENCE_NS, SLOT_WORDS, TICK_NS,
-    TICK_SHIFT, WAYS,
+    CLASS_GROUP, Evicted, FlowOpened, HINT_FRAGMENTS, HINT_QUIC, IPPROTO_UDP, OPENED_HERE, OPENED_THERE,
+    OPENED_UNKNOWN, REGION_SETS, RING_BYTES, SILENCE_NS, SLOT_WORDS, TICK_NS, TICK_SHIFT, WAYS,
 };
 
 use crate::{
@@ -76,20 +75,49 @@ pub fn count<F: Frame, K: Key>(
     let Some(set) = K::set(index) else {
         return false;
     };
-    let now_ns = cpu.now_ns();
-    touch(K::FIRST_REGION * regions + index / REGION_SETS as u32, now_ns);
+    let region = K::FIRST_REGION * regions + index / REGION_SETS as u32;
     for way in 0..WAYS {
         // SAFETY: a set has this many slots.
         let slot = unsafe { set.add(way) };
         if key.is_in(slot) {
-            update(slot, frame, key, measure, direction, now_ns, generation);
+            update(cpu, slot, frame, key, measure, direction, region, generation);
             return true;
         }
     }
-    take_slot(cpu.number, frame, key, measure, index << 1 | direction as u32)
+    // Copies, for the subprograms to point to: the originals stay in registers.
+    let (key, measure) = (*key, *measure);
+    let class = key.classify(measure.group_frame);
+    take_slot(cpu.number, frame, &key, &measure, Place { index, direction, class }.packed())
 }
 
-/// Tells the agent where to look.
+/// Where a flow is to be put, and what it is. A subprogram takes five arguments, and this is one of them.
+struct Place {
+    index: u32,
+    direction: Direction,
+    class: Class,
+}
+
+impl Place {
+    #[inline(always)]
+    fn packed(self) -> u64 {
+        u64::from(self.index)
+            | (self.direction as u64) << 32
+            | u64::from(self.class.class) << 40
+            | u64::from(self.class.label) << 48
+    }
+
+    #[inline(always)]
+    fn unpacked(packed: u64) -> Self {
+        Self {
+            index: packed as u32,
+            direction: if packed >> 32 & 1 == 0 { Direction::Sent } else { Direction::Received },
+            class: Class { class: (packed >> 40) as u8, label: (packed >> 48) as u16 },
+        }
+    }
+}
+
+/// Tells the agent where to look. Once a tick for each flow is enough: the agent looks where something was within the last
+/// second.
 #[inline(always)]
 fn touch(region: u32, now_ns: u64) {
     if let Some(touched) = TOUCHED.get_ptr_mut(region) {
@@ -104,15 +132,18 @@ fn touch(region: u32, now_ns: u64) {
 
 /// Adds a packet to a flow that has a slot.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "inlined: they are registers")]
 fn update<F: Frame, K: Key>(
+    cpu: Cpu,
     slot: *mut K::Slot,
     frame: &F,
     key: &K,
     measure: &Measure,
     direction: Direction,
-    now_ns: u64,
+    region: u32,
     generation: u16,
 ) {
+    let now_ns = cpu.now_ns();
     let (ports, counts) = (K::Slot::ports(slot), K::Slot::counts(slot));
     // SAFETY: the map gave the pointer, and this CPU is the only writer.
     unsafe {
@@ -120,6 +151,7 @@ fn update<F: Frame, K: Key>(
         let last = (*counts).last_tick;
         if tick != last {
             (*counts).last_tick = tick;
+            touch(region, now_ns);
             if tick.wrapping_sub(last) >= SILENCE_TICKS {
                 (*K::Slot::life(slot)).burst_ns = now_ns;
             }
@@ -146,6 +178,8 @@ fn update<F: Frame, K: Key>(
         // One frame to a link-layer group must not hide the unicast traffic that follows it.
         let was_group = (*ports).class == CLASS_GROUP && !measure.group_frame;
         if (*counts).generation != generation || was_group {
+            // A copy: see `count`.
+            let key = *key;
             let Class { class, label } = key.classify(measure.group_frame);
             (*ports).class = class;
             (*counts).label = label;
@@ -172,12 +206,10 @@ fn update<F: Frame, K: Key>(
 
 /// Gives a flow a slot, with its first packet. False: none could be had.
 ///
-/// Its own subprogram: it happens once a flow. `place` is the set's number and, in the lowest bit, the direction: a
-/// subprogram takes five arguments.
+/// Its own subprogram: it happens once a flow, and needs much stack.
 #[inline(never)]
-fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, place: u32) -> bool {
-    let (index, direction) =
-        (place >> 1, if place & 1 == 0 { Direction::Sent } else { Direction::Received });
+fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, place: u64) -> bool {
+    let Place { index, direction, class: Class { class, label } } = Place::unpacked(place);
     let Some(cpu) = Cpu::of(cpu) else {
         return false;
     };
@@ -201,8 +233,8 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
     };
 
     // SAFETY: entry 0 of an array with one entry is there as long as the program is.
-    let generation = unsafe { (*config).generation as u16 };
-    let Class { class, label } = key.classify(measure.group_frame);
+    let (generation, regions) = unsafe { ((*config).generation as u16, (*config).regions) };
+    touch(K::FIRST_REGION * regions + index / REGION_SETS as u32, now_ns);
     let opened = opened(measure, direction);
     let mut hints = if measure.later_fragment { HINT_FRAGMENTS } else { 0 };
     if looks_like_quic(frame, measure) {

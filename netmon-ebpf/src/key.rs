@@ -6,7 +6,6 @@ use crate::{
     classify::{self, Class},
     flow::Direction,
     maps::{TABLE4, TABLE6},
-    parse::Packet,
 };
 
 /// A slot's parts. Only the places: reading and writing them is the caller's.
@@ -46,7 +45,7 @@ slot!(Slot4);
 slot!(Slot6);
 
 /// A flow's key.
-pub trait Key {
+pub trait Key: Copy {
     /// Its slot.
     type Slot: Slot;
     /// 4 or 6.
@@ -125,28 +124,15 @@ pub struct Key4 {
 }
 
 impl Key4 {
-    /// Of a plain packet's numbers ([`crate::parse::Plain`]).
+    /// Of a packet's numbers, as in [`crate::parse::Plain`].
     #[inline(always)]
-    pub fn of_plain(addresses: u64, ports: u32, protocol: u8, direction: Direction) -> Self {
+    pub fn new(addresses: u64, ports: u32, protocol: u8, direction: Direction) -> Self {
         let addresses = match direction {
             Direction::Sent => addresses,
             Direction::Received => addresses.rotate_left(32),
         };
         Self { addresses, ports: PortsWord::new(ports, protocol, direction) }
     }
-
-    /// Of any packet.
-    #[inline(always)]
-    pub fn of(packet: &Packet, direction: Direction) -> Self {
-        let word = |address: &[u8; 16]| u32::from_ne_bytes([address[0], address[1], address[2], address[3]]);
-        let addresses = u64::from(word(&packet.source)) | u64::from(word(&packet.destination)) << 32;
-        Self::of_plain(addresses, ports(packet), packet.measure.protocol, direction)
-    }
-}
-
-#[inline(always)]
-fn ports(packet: &Packet) -> u32 {
-    u32::from(packet.source_port) << 16 | u32::from(packet.destination_port)
 }
 
 impl Key for Key4 {
@@ -210,23 +196,15 @@ pub struct Key6 {
 }
 
 impl Key6 {
-    /// Of a plain packet's numbers ([`crate::parse::Plain`]).
+    /// Of a packet's numbers, as in [`crate::parse::Plain`].
     #[inline(always)]
-    pub fn of_plain(addresses: [u64; 4], ports: u32, protocol: u8, direction: Direction) -> Self {
+    pub fn new(addresses: [u64; 4], ports: u32, protocol: u8, direction: Direction) -> Self {
         let [a, b, c, d] = addresses;
         let (local, remote) = match direction {
             Direction::Sent => ([a, b], [c, d]),
             Direction::Received => ([c, d], [a, b]),
         };
         Self { local, remote, ports: PortsWord::new(ports, protocol, direction) }
-    }
-
-    /// Of any packet.
-    #[inline(always)]
-    pub fn of(packet: &Packet, direction: Direction) -> Self {
-        // SAFETY: a packet is aligned to eight bytes, and its addresses are its first 32.
-        let addresses = unsafe { (&raw const *packet).cast::<[u64; 4]>().read() };
-        Self::of_plain(addresses, ports(packet), packet.measure.protocol, direction)
     }
 }
 
@@ -257,7 +235,8 @@ impl Key for Key6 {
     fn is_in(&self, slot: *mut Slot6) -> bool {
         // SAFETY: a slot's first 32 bytes are its addresses.
         let [a, b, c, d] = unsafe { slot.cast::<[u64; 4]>().read() };
-        let different = (a ^ self.local[0]) | (b ^ self.local[1]) | (c ^ self.remote[0]) | (d ^ self.remote[1]);
+        let different =
+            (a ^ self.local[0]) | (b ^ self.local[1]) | (c ^ self.remote[0]) | (d ^ self.remote[1]);
         different == 0 && self.ports.is_in(slot)
     }
 

@@ -32,7 +32,7 @@ use crate::{
     cpu::{Cpu, Outcome},
     flow::Direction,
     frame::{Frame, SkbFrame, XdpFrame, load},
-    key::{Key4, Key6},
+    key::{Key, Key4, Key6},
     parse::{ETHERNET_HEADER, Link, Measure, PLAIN_BYTES, Packet, Parsed},
 };
 
@@ -80,86 +80,75 @@ fn watch<F: Frame>(frame: &F, link: Link, direction: Direction) {
         return;
     };
     cpu.seen();
-    let plain = match link {
-        Link::Ethernet => watch_plain::<F, ETHERNET_HEADER>(frame, cpu.number, direction),
-        Link::None => watch_plain::<F, 0>(frame, cpu.number, direction),
-    };
-    if !plain {
-        watch_any(frame, cpu.number, link, direction);
-    }
-}
-
-/// Counts a plain packet whose IP header is `AT` bytes behind the frame's start. False: it is none.
-///
-/// Its own subprogram: its stack is free again when a frame is read by [`watch_any`].
-#[inline(never)]
-fn watch_plain<F: Frame, const AT: usize>(frame: &F, cpu: u32, direction: Direction) -> bool {
-    let Some(cpu) = Cpu::of(cpu) else {
-        return false;
-    };
-    let (start, end) = frame.linear();
-    if start + AT + PLAIN_BYTES > end {
-        return false;
-    }
-    // In memory order.
-    let (is_ipv4, is_ipv6, group_frame) = if AT == ETHERNET_HEADER {
-        let ethertype = load!("u16", start, 12);
-        (ethertype == 0x0008, ethertype == 0xdd86, load!("u8", start, 0) & 1 != 0)
-    } else {
-        let version = load!("u8", start, 0) >> 4;
-        (version == 4, version == 6, false)
-    };
-    let (counted, bytes) = if is_ipv4 {
-        let Some(plain) = parse::plain4::<F, AT>(frame, start, end) else {
-            return false;
-        };
-        let measure = Measure { group_frame, ..plain.measure };
-        let key = Key4::of_plain(plain.addresses, plain.ports, measure.protocol, direction);
-        (flow::count(cpu, frame, &key, &measure, direction), measure.l3_bytes)
-    } else if is_ipv6 {
-        let Some(plain) = parse::plain6::<F, AT>(frame, start, end) else {
-            return false;
-        };
-        let measure = Measure { group_frame, ..plain.measure };
-        let key = Key6::of_plain(plain.addresses, plain.ports, measure.protocol, direction);
-        (flow::count(cpu, frame, &key, &measure, direction), measure.l3_bytes)
-    } else {
-        return false;
-    };
-    cpu.record(if counted { Outcome::Counted } else { Outcome::TableFull }, bytes);
-    true
-}
-
-/// Counts any frame. Its own subprogram: few frames come here, and it needs much stack.
-#[inline(never)]
-fn watch_any<F: Frame>(frame: &F, cpu: u32, link: Link, direction: Direction) {
-    let Some(cpu) = Cpu::of(cpu) else {
-        return;
-    };
-    let mut packet = Packet::default();
-    let parsed = parse::parse(frame, link, &mut packet);
-    if parsed == Parsed::Packet && (packet.first_fragment || packet.measure.later_fragment) {
-        fragments::follow(&mut packet);
-    }
-    let outcome = match parsed {
-        Parsed::Packet => {
-            let measure = &packet.measure;
-            let counted = if packet.family == 4 {
-                flow::count(cpu, frame, &Key4::of(&packet, direction), measure, direction)
-            } else {
-                flow::count(cpu, frame, &Key6::of(&packet, direction), measure, direction)
-            };
-            if counted { Outcome::Counted } else { Outcome::TableFull }
-        }
-        Parsed::NotIp => Outcome::NotIp,
-        Parsed::OtherProtocol => Outcome::OtherProtocol,
-        Parsed::Malformed => Outcome::Malformed,
-    };
-    let bytes = match parsed {
-        Parsed::Packet | Parsed::OtherProtocol => packet.measure.l3_bytes,
-        Parsed::NotIp | Parsed::Malformed => frame.len(),
+    let (outcome, bytes) = match link {
+        Link::Ethernet => watch_at::<F, ETHERNET_HEADER>(frame, cpu, link, direction),
+        Link::None => watch_at::<F, 0>(frame, cpu, link, direction),
     };
     cpu.record(outcome, bytes);
+}
+
+/// Counts a frame whose IP header is `AT` bytes behind its start, if it is a plain packet.
+#[inline(always)]
+fn watch_at<F: Frame, const AT: usize>(
+    frame: &F,
+    cpu: Cpu,
+    link: Link,
+    direction: Direction,
+) -> (Outcome, u32) {
+    let (start, end) = frame.linear();
+    if start + AT + PLAIN_BYTES <= end {
+        // In memory order.
+        let (is_ipv4, is_ipv6, group_frame) = if AT == ETHERNET_HEADER {
+            let ethertype = load!("u16", start, 12);
+            (ethertype == 0x0008, ethertype == 0xdd86, load!("u8", start, 0) & 1 != 0)
+        } else {
+            let version = load!("u8", start, 0) >> 4;
+            (version == 4, version == 6, false)
+        };
+        if is_ipv4 {
+            if let Some(plain) = parse::plain4::<F, AT>(frame, start, end) {
+                let measure = Measure { group_frame, ..plain.measure };
+                let key = Key4::new(plain.addresses, plain.ports, measure.protocol, direction);
+                return count(cpu, frame, &key, &measure, direction);
+            }
+        } else if is_ipv6 && let Some(plain) = parse::plain6::<F, AT>(frame, start, end) {
+            let measure = Measure { group_frame, ..plain.measure };
+            let key = Key6::new(plain.addresses, plain.ports, measure.protocol, direction);
+            return count(cpu, frame, &key, &measure, direction);
+        }
+    }
+
+    let mut packet = Packet::default();
+    match parse::parse(frame, link, &mut packet) {
+        Parsed::Packet => {
+            if packet.first_fragment || packet.measure.later_fragment {
+                fragments::follow(&mut packet);
+            }
+            let (ports, measure) = (packet.ports(), packet.measure);
+            if packet.family == 4 {
+                let key = Key4::new(packet.addresses4(), ports, measure.protocol, direction);
+                count(cpu, frame, &key, &measure, direction)
+            } else {
+                let key = Key6::new(packet.addresses6(), ports, measure.protocol, direction);
+                count(cpu, frame, &key, &measure, direction)
+            }
+        }
+        Parsed::OtherProtocol => (Outcome::OtherProtocol, packet.measure.l3_bytes),
+        Parsed::NotIp => (Outcome::NotIp, frame.len()),
+        Parsed::Malformed => (Outcome::Malformed, frame.len()),
+    }
+}
+
+#[inline(always)]
+fn count<F: Frame, K: Key>(
+    cpu: Cpu,
+    frame: &F,
+    key: &K,
+    measure: &Measure,
+    direction: Direction,
+) -> (Outcome, u32) {
+    let counted = flow::count(cpu, frame, key, measure, direction);
+    (if counted { Outcome::Counted } else { Outcome::TableFull }, measure.l3_bytes)
 }
 
 #[panic_handler]

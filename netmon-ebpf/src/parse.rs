@@ -66,6 +66,28 @@ pub struct Packet {
     pub pad: [u8; 6],
 }
 
+impl Packet {
+    /// As in [`Plain`].
+    #[inline(always)]
+    pub fn addresses4(&self) -> u64 {
+        let word = |address: &[u8; 16]| u32::from_ne_bytes([address[0], address[1], address[2], address[3]]);
+        u64::from(word(&self.source)) | u64::from(word(&self.destination)) << 32
+    }
+
+    /// As in [`Plain`].
+    #[inline(always)]
+    pub fn addresses6(&self) -> [u64; 4] {
+        // SAFETY: a packet is aligned to eight bytes, and its addresses are its first 32.
+        unsafe { (&raw const *self).cast::<[u64; 4]>().read() }
+    }
+
+    /// As in [`Plain`].
+    #[inline(always)]
+    pub fn ports(&self) -> u32 {
+        u32::from(self.source_port) << 16 | u32::from(self.destination_port)
+    }
+}
+
 /// What a frame is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]

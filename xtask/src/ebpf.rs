@@ -199,7 +199,7 @@ fn numbers(version: &str) -> Vec<u32> {
 /// Flags in cargo's own encoding (separated by U+001F), so that paths with blanks survive.
 fn rust_flags(linker: &Path) -> OsString {
     let mut flags = OsString::from(format!(
-        "--cfg=bpf_target_arch=\"{ARCH}\"\u{1f}-Cdebuginfo=2\u{1f}-Clink-arg=--btf\u{1f}-Clinker="
+        "--cfg=bpf_target_arch=\"{ARCH}\"\u{1f}-Cdebuginfo=2\u{1f}-Ctarget-cpu=v3\u{1f}-Clink-arg=--btf\u{1f}-Clinker="
     ));
     flags.push(linker);
     flags
