@@ -1,0 +1,313 @@
+//! What netmon should count, by what tshark says. The independent count: it knows nothing of netmon's parser.
+//!
+//! netmon counts L3 bytes: from the IP header on, without padding, as many as the header says, or as the capture holds
+//! when that is less or the header says nothing (0). The outermost IP header counts, and only TCP and UDP make flows.
+//! Payload is what stands behind the TCP or UDP header. A later fragment belongs to the ports of the first fragment
+//! with the same addresses, protocol and identification, if that one came before, else to ports 0.
+//!
+//! # Where netmon and tshark rightly differ
+//!
+//! tshark reads on where netmon stops on purpose. These are all such rules; anything else is a defect of one of them.
+//!
+//! 1. IP is what an EtherType calls IP, behind at most two VLAN tags, of which the kernel may take one more away. IP
+//!    behind LLC/SNAP, MPLS or PPPoE, which tshark finds, is not IP for netmon.
+//! 2. An EtherType or an address family also names the version: IPv6 in an IPv4 frame is malformed for netmon.
+//! 3. netmon follows seven IPv6 extension headers; a packet with more is malformed.
+//! 4. Behind a mobility or a HIP header (which nothing should follow: RFC 6275, 6.1.1; RFC 7401, 5.1) tshark reads
+//!    nothing, and netmon goes on. Such frames cannot be compared: [`Verdict::Unknown`].
+//!
+//! Malformed is otherwise: an IP or TCP header that says it is shorter than possible, or a header that the packet or
+//! the capture does not hold completely.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, SocketAddr},
+};
+
+use netmon_common::abi::{IPPROTO_TCP, IPPROTO_UDP};
+
+use super::{
+    tally::{Flow, Tally},
+    tshark::{AUTHENTICATION, Dissected, FRAGMENT, HIP, Ipv4, Ipv6, MOBILITY},
+};
+
+/// `WTAP_ENCAP_` numbers of Wireshark.
+mod encapsulation {
+    pub const ETHERNET: u16 = 1;
+    pub const NULL: u16 = 15;
+    pub const LINUX_SLL: u16 = 25;
+    pub const LOOP: u16 = 174;
+    pub const LINUX_SLL2: u16 = 210;
+}
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+/// IEEE 802.1Q and 802.1ad.
+const ETHERTYPES_VLAN: [u16; 2] = [0x8100, 0x88a8];
+/// VLAN tags that netmon looks behind.
+const MAX_TAGS: usize = 2;
+/// IPv6 extension headers that netmon follows.
+const MAX_EXTENSIONS: usize = 7;
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Not IP.
+    NotIp,
+    /// Its headers cannot be read.
+    Malformed,
+    /// IP, but neither TCP nor UDP.
+    OtherProtocol {
+        /// From the IP header on.
+        bytes: u32,
+    },
+    /// TCP or UDP.
+    Counted {
+        /// With ports.
+        flow: Flow,
+        /// From the IP header on.
+        bytes: u32,
+        /// Behind the TCP or UDP header.
+        payload: u32,
+    },
+    /// tshark does not say what netmon needs to know.
+    Unknown,
+}
+
+/// Judges the frames of a capture, in their order, as one hook sees them.
+#[derive(Debug, Default)]
+pub struct Judge {
+    /// The kernel takes the outer VLAN tag out of a frame before this hook sees it.
+    untagged: bool,
+    /// Ports of the latest first fragment.
+    first_fragments: HashMap<FragmentKey, (u16, u16)>,
+    tally: Tally,
+}
+
+/// What the fragments of a packet have in common (RFC 791, 3.2; RFC 8200, 4.5), and the protocol.
+type FragmentKey = (IpAddr, IpAddr, u32, u8);
+
+/// What an IP header says, either version.
+struct Packet {
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    /// From the IP header on.
+    bytes: u32,
+    /// IP header with extension headers.
+    headers: u32,
+    fragment: Fragment,
+}
+
+#[derive(Clone, Copy)]
+enum Fragment {
+    None,
+    First(u32),
+    Later(u32),
+}
+
+impl Judge {
+    /// `untagged`: the kernel takes the outer VLAN tag out of a frame before this hook sees it.
+    pub fn new(untagged: bool) -> Self {
+        Self { untagged, ..Self::default() }
+    }
+
+    /// Counts a frame. `frame_bytes` is its length, Ethernet header included, when it is sent.
+    pub fn count(&mut self, frame: &Dissected, frame_bytes: u32) {
+        let (_, tags) = network_layer(frame);
+        let taken_out = if self.untagged && tags > 0 { 4 } else { 0 };
+        let verdict = self.verdict(frame);
+        self.tally.add(verdict, frame_bytes - taken_out);
+    }
+
+    /// What was counted.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    fn verdict(&mut self, frame: &Dissected) -> Verdict {
+        let (layer, tags) = network_layer(frame);
+        let max_tags = MAX_TAGS + usize::from(self.untagged);
+        let packet = match layer {
+            _ if tags > max_tags => return Verdict::NotIp,
+            Layer::Other => return Verdict::NotIp,
+            Layer::Unreadable => None,
+            Layer::Ipv4(at) => ipv4(&frame.ipv4, frame.captured.saturating_sub(at)),
+            Layer::Ipv6(at) => match ipv6(&frame.ipv6, frame.captured.saturating_sub(at)) {
+                Behind::Packet(packet) => Some(packet),
+                Behind::Unreadable => None,
+                Behind::Unknown => return Verdict::Unknown,
+            },
+        };
+        packet.and_then(|packet| self.transport(frame, &packet)).unwrap_or(Verdict::Malformed)
+    }
+
+    /// `None`: malformed.
+    fn transport(&mut self, frame: &Dissected, packet: &Packet) -> Option<Verdict> {
+        let Packet { source, destination, protocol, bytes, headers, .. } = *packet;
+        let held = bytes - headers;
+        let ((source_port, destination_port), transport) = match (protocol, packet.fragment) {
+            (IPPROTO_TCP | IPPROTO_UDP, Fragment::Later(id)) => {
+                let first = self.first_fragments.get(&(source, destination, id, protocol));
+                (first.copied().unwrap_or_default(), 0)
+            }
+            (IPPROTO_TCP, _) => (both(frame.tcp_ports)?, frame.tcp_header.filter(|length| *length >= 20)?),
+            (IPPROTO_UDP, _) => (both(frame.udp_ports)?, 8),
+            _ => return Some(Verdict::OtherProtocol { bytes }),
+        };
+        let payload = held.checked_sub(transport)?;
+        if let Fragment::First(id) = packet.fragment {
+            let key = (source, destination, id, protocol);
+            self.first_fragments.insert(key, (source_port, destination_port));
+        }
+        let flow = Flow {
+            protocol,
+            source: SocketAddr::new(source, source_port),
+            destination: SocketAddr::new(destination, destination_port),
+        };
+        Some(Verdict::Counted { flow, bytes, payload })
+    }
+}
+
+/// True when tshark does not say what this frame is.
+pub fn is_unknown(frame: &Dissected) -> bool {
+    Judge::default().verdict(frame) == Verdict::Unknown
+}
+
+fn both((source, destination): (Option<u16>, Option<u16>)) -> Option<(u16, u16)> {
+    Some((source?, destination?))
+}
+
+/// What stands behind the link-layer header, with its offset in the captured frame.
+enum Layer {
+    Ipv4(u32),
+    Ipv6(u32),
+    Other,
+    /// The frame ends in a VLAN tag.
+    Unreadable,
+}
+
+/// And the number of VLAN tags.
+fn network_layer(frame: &Dissected) -> (Layer, usize) {
+    let header = match frame.encapsulation {
+        encapsulation::ETHERNET => 14,
+        encapsulation::LINUX_SLL => 16,
+        encapsulation::LINUX_SLL2 => 20,
+        // Link types without EtherTypes. An address family that calls the packet IPv6 makes tshark read its version,
+        // whatever that is.
+        other => {
+            let at = if other == encapsulation::NULL || other == encapsulation::LOOP { 4 } else { 0 };
+            let layer = match frame.layers.get(1).map(String::as_str) {
+                Some("ip") => Layer::Ipv4(at),
+                Some("ipv6") => Layer::Ipv6(at),
+                _ if frame.ipv6.version.is_some() => Layer::Ipv6(at),
+                _ => Layer::Other,
+            };
+            return (layer, 0);
+        }
+    };
+    let mut tags = 0;
+    let mut ethertype = frame.ethertype;
+    while ethertype.is_some_and(|ethertype| ETHERTYPES_VLAN.contains(&ethertype)) {
+        ethertype = frame.tag_ethertypes.get(tags).copied();
+        tags += 1;
+        if ethertype.is_none() && !frame.tag_length {
+            return (Layer::Unreadable, tags);
+        }
+    }
+    let at = header + 4 * u32::try_from(tags).unwrap_or(u32::MAX / 8);
+    let layer = match ethertype {
+        Some(ETHERTYPE_IPV4) => Layer::Ipv4(at),
+        Some(ETHERTYPE_IPV6) => Layer::Ipv6(at),
+        _ => Layer::Other,
+    };
+    (layer, tags)
+}
+
+/// What counts: what the header says, or what there is when that is less or the header says nothing.
+fn bytes(said: u32, held: u32) -> u32 {
+    if said == 0 { held } else { said.min(held) }
+}
+
+/// RFC 791, 3.1.
+fn ipv4(ip: &Ipv4, held: u32) -> Option<Packet> {
+    let headers = ip.header.filter(|length| *length >= 20)?;
+    let bytes = bytes(ip.length?, held);
+    if ip.version? != 4 || bytes < headers {
+        return None;
+    }
+    let fragment = match (ip.offset?, ip.more?) {
+        (0, false) => Fragment::None,
+        (0, true) => Fragment::First(ip.id?),
+        _ => Fragment::Later(ip.id?),
+    };
+    Some(Packet {
+        source: ip.source?.into(),
+        destination: ip.destination?.into(),
+        protocol: ip.protocol?,
+        bytes,
+        headers,
+        fragment,
+    })
+}
+
+enum Behind {
+    Packet(Packet),
+    Unreadable,
+    Unknown,
+}
+
+/// RFC 8200, 3 and 4.
+fn ipv6(ip: &Ipv6, held: u32) -> Behind {
+    let (Some(6), Some(said), Some(next), Some(source), Some(destination)) =
+        (ip.version, ip.length, ip.next, ip.source, ip.destination)
+    else {
+        return Behind::Unreadable;
+    };
+    let bytes = bytes(if said == 0 { 0 } else { said + 40 }, held);
+    let (mut protocol, mut headers, mut fragment) = (next, 40, Fragment::None);
+    let mut unread_beyond = false;
+    let mut used = BTreeMap::<u8, usize>::new();
+    let mut count = 0;
+    loop {
+        let is_fragment = protocol == FRAGMENT;
+        let known = ip.extensions.iter().find(|(number, _)| *number == protocol);
+        if !is_fragment && known.is_none() {
+            break;
+        }
+        count += 1;
+        // Of a kind that occurs more than once, the outer ones come first.
+        let which = used.entry(protocol).or_default();
+        let index = *which;
+        *which += 1;
+        if is_fragment {
+            let Some(header) = ip.fragments.get(index).copied() else { return Behind::Unreadable };
+            headers += 8;
+            protocol = header.next;
+            if header.offset != 0 {
+                fragment = Fragment::Later(header.id);
+                break;
+            }
+            if header.more {
+                fragment = Fragment::First(header.id);
+            }
+        } else {
+            let Some((next, length)) = known.and_then(|(_, headers)| headers.get(index)).copied() else {
+                return Behind::Unreadable;
+            };
+            unread_beyond |= protocol == MOBILITY || protocol == HIP;
+            // Units of eight bytes behind the first one; RFC 4302, 2.2: units of four behind the first two.
+            headers += if protocol == AUTHENTICATION { (length + 2) * 4 } else { (length + 1) * 8 };
+            protocol = next;
+        }
+    }
+    if count > MAX_EXTENSIONS || bytes < headers {
+        return Behind::Unreadable;
+    }
+    let transport = [IPPROTO_TCP, IPPROTO_UDP].contains(&protocol);
+    if unread_beyond && transport && !matches!(fragment, Fragment::Later(_)) {
+        return Behind::Unknown;
+    }
+    let (source, destination) = (source.into(), destination.into());
+    Behind::Packet(Packet { source, destination, protocol, bytes, headers, fragment })
+}
