@@ -13,8 +13,9 @@
 //!    behind LLC/SNAP, MPLS or PPPoE, which tshark finds, is not IP for netmon.
 //! 2. An EtherType or an address family also names the version: IPv6 in an IPv4 frame is malformed for netmon.
 //! 3. netmon follows seven IPv6 extension headers; a packet with more is malformed.
-//! 4. Behind a mobility or a HIP header (which nothing should follow: RFC 6275, 6.1.1; RFC 7401, 5.1) tshark reads
-//!    nothing, and netmon goes on. Such frames cannot be compared: [`Verdict::Unknown`].
+//! 4. Of IPv6 extension headers netmon looks at length and next header alone. tshark reads nothing behind a mobility or
+//!    a HIP header (which nothing should follow: RFC 6275, 6.1.1; RFC 7401, 5.1), nor behind one with options that it
+//!    cannot make sense of. What tshark has not read cannot be compared: [`Verdict::Unknown`].
 //!
 //! Malformed is otherwise: an IP or TCP header that says it is shorter than possible, or a header that the packet or
 //! the capture does not hold completely.
@@ -28,7 +29,7 @@ use netmon_common::abi::{IPPROTO_TCP, IPPROTO_UDP};
 
 use super::{
     tally::{Flow, Tally},
-    tshark::{AUTHENTICATION, Dissected, FRAGMENT, HIP, Ipv4, Ipv6, MOBILITY},
+    tshark::{AUTHENTICATION, Dissected, FRAGMENT, Ipv4},
 };
 
 /// `WTAP_ENCAP_` numbers of Wireshark.
@@ -36,6 +37,8 @@ mod encapsulation {
     pub const ETHERNET: u16 = 1;
     pub const NULL: u16 = 15;
     pub const LINUX_SLL: u16 = 25;
+    pub const IPV4: u16 = 129;
+    pub const IPV6: u16 = 130;
     pub const LOOP: u16 = 174;
     pub const LINUX_SLL2: u16 = 210;
 }
@@ -133,7 +136,7 @@ impl Judge {
             Layer::Other => return Verdict::NotIp,
             Layer::Unreadable => None,
             Layer::Ipv4(at) => ipv4(&frame.ipv4, frame.captured.saturating_sub(at)),
-            Layer::Ipv6(at) => match ipv6(&frame.ipv6, frame.captured.saturating_sub(at)) {
+            Layer::Ipv6(at) => match ipv6(frame, frame.captured.saturating_sub(at)) {
                 Behind::Packet(packet) => Some(packet),
                 Behind::Unreadable => None,
                 Behind::Unknown => return Verdict::Unknown,
@@ -189,10 +192,12 @@ enum Layer {
 
 /// And the number of VLAN tags.
 fn network_layer(frame: &Dissected) -> (Layer, usize) {
-    let header = match frame.encapsulation {
-        encapsulation::ETHERNET => 14,
-        encapsulation::LINUX_SLL => 16,
-        encapsulation::LINUX_SLL2 => 20,
+    let (header, mut ethertype) = match frame.encapsulation {
+        encapsulation::ETHERNET => (14, frame.ethertype),
+        encapsulation::LINUX_SLL => (16, frame.cooked_ethertype),
+        encapsulation::LINUX_SLL2 => (20, frame.cooked_ethertype),
+        encapsulation::IPV4 => return (Layer::Ipv4(0), 0),
+        encapsulation::IPV6 => return (Layer::Ipv6(0), 0),
         // Link types without EtherTypes. An address family that calls the packet IPv6 makes tshark read its version,
         // whatever that is.
         other => {
@@ -207,7 +212,6 @@ fn network_layer(frame: &Dissected) -> (Layer, usize) {
         }
     };
     let mut tags = 0;
-    let mut ethertype = frame.ethertype;
     while ethertype.is_some_and(|ethertype| ETHERTYPES_VLAN.contains(&ethertype)) {
         ethertype = frame.tag_ethertypes.get(tags).copied();
         tags += 1;
@@ -258,7 +262,8 @@ enum Behind {
 }
 
 /// RFC 8200, 3 and 4.
-fn ipv6(ip: &Ipv6, held: u32) -> Behind {
+fn ipv6(frame: &Dissected, held: u32) -> Behind {
+    let ip = &frame.ipv6;
     let (Some(6), Some(said), Some(next), Some(source), Some(destination)) =
         (ip.version, ip.length, ip.next, ip.source, ip.destination)
     else {
@@ -266,7 +271,6 @@ fn ipv6(ip: &Ipv6, held: u32) -> Behind {
     };
     let bytes = bytes(if said == 0 { 0 } else { said + 40 }, held);
     let (mut protocol, mut headers, mut fragment) = (next, 40, Fragment::None);
-    let mut unread_beyond = false;
     let mut used = BTreeMap::<u8, usize>::new();
     let mut count = 0;
     loop {
@@ -280,34 +284,53 @@ fn ipv6(ip: &Ipv6, held: u32) -> Behind {
         let which = used.entry(protocol).or_default();
         let index = *which;
         *which += 1;
-        if is_fragment {
-            let Some(header) = ip.fragments.get(index).copied() else { return Behind::Unreadable };
-            headers += 8;
-            protocol = header.next;
-            if header.offset != 0 {
+        let header = if is_fragment {
+            ip.fragments.get(index).map(|header| (header.next, 8))
+        } else {
+            known.and_then(|(_, headers)| headers.get(index)).map(|(next, length)| {
+                // Units of eight bytes behind the first one; RFC 4302, 2.2: units of four behind the first two.
+                (*next, if protocol == AUTHENTICATION { (length + 2) * 4 } else { (length + 1) * 8 })
+            })
+        };
+        let Some((next, length)) = header else { return unread(bytes, headers, 8) };
+        headers += length;
+        protocol = next;
+        match ip.fragments.get(index).filter(|_| is_fragment) {
+            Some(header) if header.offset != 0 => {
                 fragment = Fragment::Later(header.id);
                 break;
             }
-            if header.more {
-                fragment = Fragment::First(header.id);
-            }
-        } else {
-            let Some((next, length)) = known.and_then(|(_, headers)| headers.get(index)).copied() else {
-                return Behind::Unreadable;
-            };
-            unread_beyond |= protocol == MOBILITY || protocol == HIP;
-            // Units of eight bytes behind the first one; RFC 4302, 2.2: units of four behind the first two.
-            headers += if protocol == AUTHENTICATION { (length + 2) * 4 } else { (length + 1) * 8 };
-            protocol = next;
+            Some(header) if header.more => fragment = Fragment::First(header.id),
+            _ => {}
         }
     }
     if count > MAX_EXTENSIONS || bytes < headers {
         return Behind::Unreadable;
     }
-    let transport = [IPPROTO_TCP, IPPROTO_UDP].contains(&protocol);
-    if unread_beyond && transport && !matches!(fragment, Fragment::Later(_)) {
-        return Behind::Unknown;
+    let transport = match protocol {
+        IPPROTO_TCP => Some(("tcp", 20)),
+        IPPROTO_UDP => Some(("udp", 8)),
+        _ => None,
+    };
+    if let (Some((name, length)), Fragment::None | Fragment::First(_)) = (transport, fragment)
+        && layer_behind_ipv6(&frame.layers) != Some(name)
+    {
+        return unread(bytes, headers, length);
     }
     let (source, destination) = (source.into(), destination.into());
     Behind::Packet(Packet { source, destination, protocol, bytes, headers, fragment })
+}
+
+/// A header of this length should follow, and tshark has not read it: because there is no room for it, or because it
+/// stopped ahead of it.
+fn unread(bytes: u32, headers: u32, length: u32) -> Behind {
+    if bytes < headers + length { Behind::Unreadable } else { Behind::Unknown }
+}
+
+/// What tshark found behind the outermost IPv6 header and its extension headers.
+fn layer_behind_ipv6(layers: &[String]) -> Option<&str> {
+    let layers = layers.iter().map(String::as_str).skip_while(|name| *name != "ipv6").skip(1);
+    layers
+        .skip_while(|name| name.starts_with("ipv6.") || ["ah", "mipv6", "hip", "shim6"].contains(name))
+        .next()
 }

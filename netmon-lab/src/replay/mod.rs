@@ -95,9 +95,7 @@ impl fmt::Display for NotPlayed {
             Self::TooShort => "shorter than its link-layer header",
             Self::TooLong => "longer than a veth device carries",
             Self::EndsInTag => "ends in its VLAN tag, so the kernel drops it ahead of TC ingress",
-            Self::NotComparable => {
-                "TCP or UDP behind a mobility or HIP header, where tshark does not read on"
-            }
+            Self::NotComparable => "tshark does not read on behind one of its IPv6 extension headers",
         })
     }
 }

@@ -29,18 +29,15 @@ const EXTENSIONS: [(u8, &str, &str); 7] = [
     (43, "ipv6.routing.nxt", "ipv6.routing.len"),
     (60, "ipv6.dstopts.nxt", "ipv6.dstopts.len"),
     (AUTHENTICATION, "ah.next_header", "ah.length"),
-    (MOBILITY, "mip6.proto", "mip6.hlen"),
-    (HIP, "hip.proto", "hip.hdr_len"),
+    // Mobility (RFC 6275), host identity protocol (RFC 7401), shim6 (RFC 5533).
+    (135, "mip6.proto", "mip6.hlen"),
+    (139, "hip.proto", "hip.hdr_len"),
     (140, "shim6.nxt", "shim6.len"),
 ];
 /// Number of the fragment header (RFC 8200, 4.5).
 pub const FRAGMENT: u8 = 44;
 /// Number of the authentication header (RFC 4302).
 pub const AUTHENTICATION: u8 = 51;
-/// Number of the mobility header (RFC 6275).
-pub const MOBILITY: u8 = 135;
-/// Number of the host identity protocol (RFC 7401).
-pub const HIP: u8 = 139;
 
 /// A frame, as tshark dissected it. `None` and empty lists: tshark did not find that field.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -53,8 +50,10 @@ pub struct Dissected {
     pub captured: u32,
     /// Names of the dissectors, from the outside in.
     pub layers: Vec<String>,
-    /// The EtherType of the frame itself, be it Ethernet or Linux cooked.
+    /// The outermost EtherType in an Ethernet header.
     pub ethertype: Option<u16>,
+    /// The outermost EtherType in a Linux cooked header.
+    pub cooked_ethertype: Option<u16>,
     /// EtherTypes in VLAN tags.
     pub tag_ethertypes: Vec<u16>,
     /// A VLAN tag holds a length (IEEE 802.3) in the place of an EtherType.
@@ -302,7 +301,8 @@ fn dissected(line: &str) -> Result<Dissected, Unreadable> {
         encapsulation: row.first("frame.encap_type")?.unwrap_or_default(),
         captured: row.first("frame.cap_len")?.unwrap_or_default(),
         layers: row.column("frame.protocols").split(':').map(str::to_owned).collect(),
-        ethertype: row.first("eth.type")?.or(row.first("sll.etype")?),
+        ethertype: row.first("eth.type")?,
+        cooked_ethertype: row.first("sll.etype")?,
         tag_ethertypes: row.all("vlan.etype")?,
         tag_length: row.first::<u32>("vlan.len")?.is_some(),
         ipv4: Ipv4 {
