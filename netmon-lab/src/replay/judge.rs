@@ -174,7 +174,10 @@ impl Judge {
 
 /// True when tshark does not say what this frame is.
 pub fn is_unknown(frame: &Dissected) -> bool {
-    Judge::default().verdict(frame) == Verdict::Unknown
+    match network_layer(frame) {
+        (Layer::Ipv6(at), _) => matches!(ipv6(frame, frame.captured.saturating_sub(at)), Behind::Unknown),
+        _ => false,
+    }
 }
 
 fn both((source, destination): (Option<u16>, Option<u16>)) -> Option<(u16, u16)> {
@@ -202,7 +205,7 @@ fn network_layer(frame: &Dissected) -> (Layer, usize) {
         // whatever that is.
         other => {
             let at = if other == encapsulation::NULL || other == encapsulation::LOOP { 4 } else { 0 };
-            let layer = match frame.layers.get(1).map(String::as_str) {
+            let layer = match frame.layers.split(':').nth(1) {
                 Some("ip") => Layer::Ipv4(at),
                 Some("ipv6") => Layer::Ipv6(at),
                 _ if frame.ipv6.version.is_some() => Layer::Ipv6(at),
@@ -328,9 +331,165 @@ fn unread(bytes: u32, headers: u32, length: u32) -> Behind {
 }
 
 /// What tshark found behind the outermost IPv6 header and its extension headers.
-fn layer_behind_ipv6(layers: &[String]) -> Option<&str> {
-    let layers = layers.iter().map(String::as_str).skip_while(|name| *name != "ipv6").skip(1);
+fn layer_behind_ipv6(layers: &str) -> Option<&str> {
+    let layers = layers.split(':').skip_while(|name| *name != "ipv6").skip(1);
     layers
         .skip_while(|name| name.starts_with("ipv6.") || ["ah", "mipv6", "hip", "shim6"].contains(name))
         .next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replay::tshark;
+
+    const HERE: [u8; 4] = [10, 0, 0, 1];
+    const THERE: [u8; 4] = [192, 0, 2, 9];
+
+    /// 7 bytes over UDP, IPv4 and Ethernet.
+    fn datagram() -> Dissected {
+        Dissected {
+            number: 1,
+            encapsulation: encapsulation::ETHERNET,
+            captured: 49,
+            layers: "eth:ethertype:ip:udp:data".to_owned(),
+            ethertype: Some(ETHERTYPE_IPV4),
+            ipv4: Ipv4 {
+                version: Some(4),
+                header: Some(20),
+                length: Some(35),
+                id: Some(7),
+                offset: Some(0),
+                more: Some(false),
+                protocol: Some(IPPROTO_UDP),
+                source: Some(HERE.into()),
+                destination: Some(THERE.into()),
+            },
+            udp_ports: (Some(1000), Some(2000)),
+            ..Dissected::default()
+        }
+    }
+
+    /// The same over IPv6, with extension headers that tshark has read.
+    fn datagram6(next: u8, extensions: &[(u8, u8, u32)], layers: &str) -> Dissected {
+        let headers: u32 = extensions.iter().map(|(_, _, length)| (length + 1) * 8).sum();
+        Dissected {
+            captured: 14 + 40 + headers + 15,
+            layers: format!("eth:ethertype:ipv6:{layers}"),
+            ethertype: Some(ETHERTYPE_IPV6),
+            ipv4: Ipv4::default(),
+            ipv6: tshark::Ipv6 {
+                version: Some(6),
+                length: Some(headers + 15),
+                next: Some(next),
+                source: Some("2001:db8::1".parse().unwrap()),
+                destination: Some("2001:db8::2".parse().unwrap()),
+                extensions: [0, 60, 139]
+                    .map(|kind| {
+                        let same = extensions.iter().filter(|(number, _, _)| *number == kind);
+                        (kind, same.map(|(_, next, length)| (*next, *length)).collect())
+                    })
+                    .to_vec(),
+                fragments: Vec::new(),
+            },
+            ..datagram()
+        }
+    }
+
+    fn verdict(frame: &Dissected) -> Verdict {
+        Judge::default().verdict(frame)
+    }
+
+    /// Bytes, payload, and source and destination port.
+    fn counted(verdict: Verdict) -> (u32, u32, u16, u16) {
+        match verdict {
+            Verdict::Counted { flow, bytes, payload } => {
+                (bytes, payload, flow.source.port(), flow.destination.port())
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn bytes_are_what_the_header_says_or_what_was_captured_of_it() {
+        let padded = Dissected { captured: 60, ..datagram() };
+        assert_eq!(counted(verdict(&datagram())), (35, 7, 1000, 2000));
+        assert_eq!(counted(verdict(&padded)), (35, 7, 1000, 2000));
+        let truncated = Dissected { captured: 14 + 30, ..datagram() };
+        assert_eq!(counted(verdict(&truncated)), (30, 2, 1000, 2000));
+        let headless = Dissected { captured: 14 + 27, ..datagram() };
+        assert_eq!(verdict(&headless), Verdict::Malformed);
+        let mut unsaid = padded;
+        unsaid.ipv4.length = Some(0);
+        assert_eq!(counted(verdict(&unsaid)), (46, 18, 1000, 2000));
+    }
+
+    #[test]
+    fn a_later_fragment_belongs_to_the_ports_of_a_first_one_that_came_before() {
+        let mut later = datagram();
+        (later.ipv4.offset, later.udp_ports) = (Some(185), (None, None));
+        let mut first = datagram();
+        first.ipv4.more = Some(true);
+        let mut judge = Judge::default();
+        assert_eq!(counted(judge.verdict(&later)), (35, 15, 0, 0));
+        assert_eq!(counted(judge.verdict(&first)), (35, 7, 1000, 2000));
+        assert_eq!(counted(judge.verdict(&later)), (35, 15, 1000, 2000));
+        for change in [
+            |ip: &mut Ipv4| ip.id = Some(8),
+            |ip: &mut Ipv4| ip.source = Some(THERE.into()),
+            |ip: &mut Ipv4| ip.protocol = Some(IPPROTO_TCP),
+        ] {
+            let mut other = later.clone();
+            change(&mut other.ipv4);
+            assert_eq!(counted(judge.verdict(&other)), (35, 15, 0, 0));
+        }
+    }
+
+    #[test]
+    fn the_kernel_takes_one_tag_away_ahead_of_tc_ingress() {
+        let mut tagged = datagram();
+        tagged.ethertype = Some(0x88a8);
+        tagged.tag_ethertypes = vec![0x8100, 0x8100, ETHERTYPE_IPV4];
+        tagged.captured += 12;
+        assert_eq!(verdict(&tagged), Verdict::NotIp);
+        let mut judge = Judge::new(true);
+        judge.count(&tagged, 61);
+        assert_eq!(judge.tally().counted.bytes, 35);
+        tagged.tag_ethertypes.insert(0, 0x8100);
+        judge.count(&tagged, 65);
+        assert_eq!(judge.tally().not_ip.bytes, 61, "without the tag that was taken away");
+        tagged.tag_ethertypes.pop();
+        tagged.tag_ethertypes.truncate(1);
+        assert_eq!(verdict(&tagged), Verdict::Malformed, "ends in its second tag");
+    }
+
+    #[test]
+    fn extension_headers_are_followed_as_far_as_tshark_and_netmon_read() {
+        let chain = [(0, 60, 0), (60, 60, 1), (60, IPPROTO_UDP, 0)];
+        let frame = datagram6(0, &chain, "ipv6.hopopts:ipv6.dstopts:ipv6.dstopts:udp");
+        assert_eq!(counted(verdict(&frame)), (40 + 32 + 15, 7, 1000, 2000));
+        let mut seven = vec![(60, 60, 0); 6];
+        seven.push((60, IPPROTO_UDP, 0));
+        assert_eq!(counted(verdict(&datagram6(60, &seven, "udp"))), (40 + 56 + 15, 7, 1000, 2000));
+        seven.insert(0, (60, 60, 0));
+        assert_eq!(verdict(&datagram6(60, &seven, "udp")), Verdict::Malformed);
+        let hip = datagram6(139, &[(139, IPPROTO_UDP, 4)], "hip");
+        assert_eq!(verdict(&hip), Verdict::Unknown);
+        assert!(is_unknown(&hip) && !is_unknown(&frame));
+        let mut cut = hip;
+        cut.captured -= 8;
+        assert_eq!(verdict(&cut), Verdict::Malformed, "no room for what tshark has not read");
+    }
+
+    #[test]
+    fn another_protocol_outside_hides_what_it_carries_or_quotes() {
+        let mut icmp = datagram();
+        icmp.ipv4.protocol = Some(1);
+        assert_eq!(verdict(&icmp), Verdict::OtherProtocol { bytes: 35 });
+        let mpls = Dissected { ethertype: Some(0x8847), ..datagram() };
+        assert_eq!(verdict(&mpls), Verdict::NotIp);
+        let mut ipv6_inside = datagram();
+        ipv6_inside.ipv4.version = Some(6);
+        assert_eq!(verdict(&ipv6_inside), Verdict::Malformed);
+    }
 }

@@ -138,3 +138,36 @@ impl fmt::Display for Difference {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flow_that_only_one_side_has_and_a_byte_too_many_are_differences() {
+        let flow = |port| Flow {
+            protocol: 17,
+            source: ([10, 0, 0, 1], port).into(),
+            destination: ([192, 0, 2, 9], 53).into(),
+        };
+        let counted = |port, bytes| Verdict::Counted { flow: flow(port), bytes, payload: 7 };
+        let (mut tshark, mut netmon) = (Tally::default(), Tally::default());
+        for tally in [&mut tshark, &mut netmon] {
+            tally.add(counted(1, 35), 49);
+            tally.add(Verdict::NotIp, 60);
+        }
+        assert_eq!(tshark.differences(&netmon), []);
+        tshark.add(counted(2, 35), 49);
+        netmon.add(counted(3, 36), 50);
+        let differences = tshark.differences(&netmon);
+        let shown: Vec<_> = differences.iter().map(Difference::to_string).collect();
+        assert_eq!(
+            shown,
+            [
+                "in flows: packets 2 / 2, bytes 70 / 71, payload 0 / 0",
+                "udp 10.0.0.1:2 > 192.0.2.9:53: packets 1 / 0, bytes 35 / 0, payload 7 / 0",
+                "udp 10.0.0.1:3 > 192.0.2.9:53: packets 0 / 1, bytes 0 / 36, payload 0 / 7",
+            ]
+        );
+    }
+}

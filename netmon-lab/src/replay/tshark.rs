@@ -48,8 +48,8 @@ pub struct Dissected {
     pub encapsulation: u16,
     /// Bytes that were captured.
     pub captured: u32,
-    /// Names of the dissectors, from the outside in.
-    pub layers: Vec<String>,
+    /// Names of the dissectors, from the outside in, with colons between them.
+    pub layers: String,
     /// The outermost EtherType in an Ethernet header.
     pub ethertype: Option<u16>,
     /// The outermost EtherType in a Linux cooked header.
@@ -252,10 +252,10 @@ struct Unreadable {
 /// The fields, in the order of the columns.
 fn fields() -> impl Iterator<Item = &'static str> {
     let extensions = EXTENSIONS.iter().flat_map(|(_, next, length)| [*next, *length]);
-    BEGIN.into_iter().chain(extensions)
+    NETWORK.into_iter().chain(extensions).chain(TRANSPORT)
 }
 
-const BEGIN: [&str; 31] = [
+const NETWORK: [&str; 26] = [
     "frame.number",
     "frame.encap_type",
     "frame.cap_len",
@@ -282,25 +282,19 @@ const BEGIN: [&str; 31] = [
     "ipv6.fraghdr.offset",
     "ipv6.fraghdr.more",
     "ipv6.fraghdr.ident",
-    "tcp.srcport",
-    "tcp.dstport",
-    "tcp.hdr_len",
-    "udp.srcport",
-    "udp.dstport",
 ];
 
+const TRANSPORT: [&str; 5] = ["tcp.srcport", "tcp.dstport", "tcp.hdr_len", "udp.srcport", "udp.dstport"];
+
 fn dissected(line: &str) -> Result<Dissected, Unreadable> {
-    let mut row = Row(fields().zip(line.split('|').chain(std::iter::repeat(""))).collect());
+    let mut row = Row { fields: Box::new(fields()), columns: line.split('|') };
+    // In the order of the columns.
     let number = row.first("frame.number")?;
-    let extension = |row: &mut Row<'_>, next, length| {
-        let pairs = row.all(next)?.into_iter().zip(row.all(length)?);
-        Ok(pairs.collect())
-    };
     Ok(Dissected {
-        number: number.ok_or(Unreadable { field: "frame.number", value: String::new() })?,
+        number: number.ok_or(Unreadable { field: "frame.number", value: line.to_owned() })?,
         encapsulation: row.first("frame.encap_type")?.unwrap_or_default(),
         captured: row.first("frame.cap_len")?.unwrap_or_default(),
-        layers: row.column("frame.protocols").split(':').map(str::to_owned).collect(),
+        layers: row.column("frame.protocols")?.to_owned(),
         ethertype: row.first("eth.type")?,
         cooked_ethertype: row.first("sll.etype")?,
         tag_ethertypes: row.all("vlan.etype")?,
@@ -322,11 +316,8 @@ fn dissected(line: &str) -> Result<Dissected, Unreadable> {
             next: row.first("ipv6.nxt")?,
             source: row.first("ipv6.src")?,
             destination: row.first("ipv6.dst")?,
-            extensions: EXTENSIONS
-                .iter()
-                .map(|(number, next, length)| Ok((*number, extension(&mut row, next, length)?)))
-                .collect::<Result<_, _>>()?,
             fragments: row.fragments()?,
+            extensions: row.extensions()?,
         },
         tcp_ports: (row.first("tcp.srcport")?, row.first("tcp.dstport")?),
         tcp_header: row.first("tcp.hdr_len")?,
@@ -335,25 +326,30 @@ fn dissected(line: &str) -> Result<Dissected, Unreadable> {
 }
 
 /// One line of tshark's.
-struct Row<'a>(std::collections::BTreeMap<&'static str, &'a str>);
+struct Row<'a> {
+    fields: Box<dyn Iterator<Item = &'static str>>,
+    columns: std::str::Split<'a, char>,
+}
 
-impl Row<'_> {
-    fn column(&self, field: &'static str) -> &str {
-        self.0.get(field).copied().unwrap_or_default()
+impl<'a> Row<'a> {
+    /// The next column, which must be this one.
+    fn column(&mut self, field: &'static str) -> Result<&'a str, Unreadable> {
+        let column = self.columns.next().filter(|_| self.fields.next() == Some(field));
+        column.ok_or_else(|| Unreadable { field, value: "missing".to_owned() })
     }
 
-    fn all<T: Value>(&self, field: &'static str) -> Result<Vec<T>, Unreadable> {
-        let column = self.column(field);
+    fn all<T: Value>(&mut self, field: &'static str) -> Result<Vec<T>, Unreadable> {
+        let column = self.column(field)?;
         let values = column.split(',').filter(|value| !value.is_empty());
-        let read = |value: &str| T::of(value).ok_or_else(|| Unreadable { field, value: value.to_owned() });
-        values.map(read).collect()
+        values.map(|value| read(field, value)).collect()
     }
 
-    fn first<T: Value>(&self, field: &'static str) -> Result<Option<T>, Unreadable> {
-        Ok(self.all(field)?.into_iter().next())
+    fn first<T: Value>(&mut self, field: &'static str) -> Result<Option<T>, Unreadable> {
+        let value = self.column(field)?.split(',').next().filter(|value| !value.is_empty());
+        value.map(|value| read(field, value)).transpose()
     }
 
-    fn fragments(&self) -> Result<Vec<Fragment>, Unreadable> {
+    fn fragments(&mut self) -> Result<Vec<Fragment>, Unreadable> {
         let nexts = self.all("ipv6.fraghdr.nxt")?.into_iter();
         let offsets = self.all("ipv6.fraghdr.offset")?.into_iter();
         let mores = self.all("ipv6.fraghdr.more")?.into_iter();
@@ -361,6 +357,19 @@ impl Row<'_> {
         let fragments = nexts.zip(offsets).zip(mores).zip(ids);
         Ok(fragments.map(|(((next, offset), more), id)| Fragment { next, offset, more, id }).collect())
     }
+
+    fn extensions(&mut self) -> Result<Vec<(u8, Vec<(u8, u32)>)>, Unreadable> {
+        let mut found = Vec::new();
+        for (number, next, length) in EXTENSIONS {
+            let headers: Vec<_> = self.all(next)?.into_iter().zip(self.all(length)?).collect();
+            found.push((number, headers));
+        }
+        Ok(found)
+    }
+}
+
+fn read<T: Value>(field: &'static str, value: &str) -> Result<T, Unreadable> {
+    T::of(value).ok_or_else(|| Unreadable { field, value: value.to_owned() })
 }
 
 /// What a field can hold.
@@ -403,5 +412,48 @@ impl Value for Ipv4Addr {
 impl Value for Ipv6Addr {
     fn of(text: &str) -> Option<Self> {
         Self::from_str(text).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A line of tshark 4.0 for VXLAN over IPv4, in it IPv6 with a hop-by-hop header and UDP.
+    fn vxlan() -> String {
+        let mut columns =
+            vec!["45", "1", "127", "eth:ethertype:ip:udp:vxlan:eth:ethertype:ipv6:ipv6.hopopts:udp:data"];
+        columns.extend(["0x0800,0x86dd", "", "", ""]);
+        columns.extend(["4", "20", "113", "0x0007", "0", "0", "17", "10.0.0.1", "192.0.2.9"]);
+        columns.extend(["6", "23", "0", "2001:db8::1", "2001:db8::2", "", "", "", ""]);
+        columns.extend(["17", "0", "", "", "", "", "", "", "", "", "", "", "", ""]);
+        columns.extend(["", "", "", "1000,7", "4789,8"]);
+        columns.join("|")
+    }
+
+    #[test]
+    fn a_line_becomes_a_frame_and_the_outermost_of_each_field_is_taken() {
+        let frame = dissected(&vxlan()).unwrap();
+        assert_eq!((frame.number, frame.encapsulation, frame.captured), (45, 1, 127));
+        assert_eq!((frame.ethertype, frame.udp_ports), (Some(0x800), (Some(1000), Some(4789))));
+        assert_eq!((frame.ipv4.length, frame.ipv4.id, frame.ipv4.more), (Some(113), Some(7), Some(false)));
+        assert_eq!(frame.ipv4.destination, Some([192, 0, 2, 9].into()));
+        assert_eq!(frame.ipv6.extensions[0], (0, vec![(17, 0)]));
+        assert_eq!((frame.tcp_header, frame.ipv6.fragments), (None, vec![]));
+    }
+
+    #[test]
+    fn what_tshark_cannot_have_said_is_an_error_that_names_the_field() {
+        let wrong = vxlan().replace("|113|", "|1e2|");
+        assert_eq!(dissected(&wrong), Err(Unreadable { field: "ip.len", value: "1e2".to_owned() }));
+        let short = vxlan().replace("|4789,8", "");
+        assert_eq!(dissected(&short).unwrap_err().field, "udp.dstport");
+        assert_eq!(dissected("").unwrap_err().field, "frame.number");
+    }
+
+    #[test]
+    fn numbers_are_read_in_both_bases_and_booleans_of_all_versions() {
+        assert_eq!((u16::of("0x8100"), u16::of("33024"), u8::of("256")), (Some(0x8100), Some(0x8100), None));
+        assert_eq!((bool::of("1"), bool::of("False"), bool::of("maybe")), (Some(true), Some(false), None));
     }
 }

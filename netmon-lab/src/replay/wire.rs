@@ -35,6 +35,8 @@ const FAR: &str = "far";
 const MTU: &str = "65535";
 /// Frames under way at most: a CPU's backlog holds 1,000 by default (net.core.netdev_max_backlog).
 const WINDOW: u64 = 128;
+/// Frames after which the counts are read: sooner than records of flows that lost their slot could fill the ring.
+const READ_EVERY: u64 = 8_192;
 /// Entries in each flow table.
 const FLOWS: u32 = 131_072;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -126,10 +128,18 @@ pub enum WireError {
     },
 }
 
+/// netmon at a hook.
+struct Watcher {
+    hook: Hook,
+    kernel: Kernel,
+    /// All that was counted of each flow, as of the last reading.
+    flows: BTreeMap<FlowId, FlowState>,
+}
+
 /// The cable. It works on the thread that made it alone.
 pub struct Wire {
     socket: OwnedFd,
-    watchers: Vec<(Hook, Kernel)>,
+    watchers: Vec<Watcher>,
     cpus: Vec<usize>,
     /// Index in `cpus`.
     cpu: usize,
@@ -195,16 +205,13 @@ impl Wire {
             (Hook::Xdp, &far, Mode::Xdp),
             (Hook::TcEgress, &near, Mode::Tc),
         ] {
-            let failed = |action| move |source| WireError::Kernel { hook, action, source: Box::new(source) };
             let options = LoadOptions {
                 pin_dir: bpffs.join(hook.to_string().replace(' ', "-")),
                 mode,
                 sizes: Sizes { flows: FLOWS, ..Sizes::default() },
                 ..LoadOptions::default()
             };
-            let mut kernel = Kernel::load(options).map_err(failed("cannot load netmon's programs"))?;
-            kernel.attach(end.index).map_err(failed("cannot attach netmon's programs"))?;
-            watchers.push((hook, kernel));
+            watchers.push(Watcher::start(hook, options, end.index)?);
         }
         let all = sched_getaffinity(None).map_err(|error| WireError::Namespace { source: error.into() })?;
         let cpus = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).collect();
@@ -228,6 +235,9 @@ impl Wire {
             self.settle()?;
             self.change_cpu()?;
         }
+        if self.sent.is_multiple_of(READ_EVERY) {
+            self.watchers.iter_mut().try_for_each(Watcher::read)?;
+        }
         Ok(true)
     }
 
@@ -235,20 +245,8 @@ impl Wire {
     ///
     /// # Errors
     /// [`WireError::Seen`] when that does not happen, [`WireError::Kernel`].
-    pub fn settle(&mut self) -> Result<(), WireError> {
-        let sent = self.sent;
-        for (hook, kernel) in &self.watchers {
-            let mut last = self::stats(*hook, kernel)?.seen;
-            let all = || {
-                last = kernel.stats().map_or(last, |stats| stats.seen);
-                (last >= sent).then_some(())
-            };
-            let arrived = wait::until(PATIENCE, "the frames to arrive", all);
-            if arrived.is_err() || last != sent {
-                return Err(WireError::Seen { hook: *hook, seen: last, sent });
-            }
-        }
-        Ok(())
+    pub fn settle(&self) -> Result<(), WireError> {
+        self.watchers.iter().try_for_each(|watcher| watcher.settle(self.sent))
     }
 
     /// Waits for the last frame, compares with the interface's own counters, and tells what each hook has counted.
@@ -261,17 +259,7 @@ impl Wire {
         if received != self.sent || answered != 0 {
             return Err(WireError::Interface { received, answered, sent: self.sent });
         }
-        let watchers = self.watchers.iter_mut();
-        watchers
-            .map(|(hook, kernel)| {
-                let flows = flows(kernel).map_err(|source| WireError::Kernel {
-                    hook: *hook,
-                    action: "cannot read the flows",
-                    source: Box::new(source),
-                })?;
-                Ok((*hook, tally(&flows, &stats(*hook, kernel)?)))
-            })
-            .collect()
+        self.watchers.iter_mut().map(|watcher| Ok((watcher.hook, watcher.tally()?))).collect()
     }
 
     /// Frames of one CPU keep their order. The next CPU comes when all of them have been seen, so that all CPUs'
@@ -284,16 +272,50 @@ impl Wire {
     }
 }
 
-/// All that was counted per flow since the programs were loaded.
-fn flows(kernel: &mut Kernel) -> Result<BTreeMap<FlowId, FlowState>, KernelError> {
-    let mut readings = Vec::new();
-    kernel.sweep(0, u64::MAX, &mut readings)?;
-    Ok(readings.into_iter().map(|reading| (reading.flow, reading.state)).collect())
-}
+impl Watcher {
+    fn start(hook: Hook, options: LoadOptions, ifindex: u32) -> Result<Self, WireError> {
+        let failed = |action| move |source| WireError::Kernel { hook, action, source: Box::new(source) };
+        let mut kernel = Kernel::load(options).map_err(failed("cannot load netmon's programs"))?;
+        kernel.attach(ifindex).map_err(failed("cannot attach netmon's programs"))?;
+        Ok(Self { hook, kernel, flows: BTreeMap::new() })
+    }
 
-fn stats(hook: Hook, kernel: &Kernel) -> Result<Stats, WireError> {
-    let action = "cannot read the statistics";
-    kernel.stats().map_err(|source| WireError::Kernel { hook, action, source: Box::new(source) })
+    fn stats(&self) -> Result<Stats, WireError> {
+        self.kernel.stats().map_err(|source| WireError::Kernel {
+            hook: self.hook,
+            action: "cannot read the statistics",
+            source: Box::new(source),
+        })
+    }
+
+    fn settle(&self, sent: u64) -> Result<(), WireError> {
+        let seen = || Ok::<_, WireError>(self.stats()?.seen);
+        let arrived = wait::until(PATIENCE, "the frames to arrive", || match seen() {
+            Ok(seen) if seen < sent => None,
+            result => Some(result),
+        });
+        match arrived.unwrap_or_else(|_| seen())? {
+            seen if seen == sent => Ok(()),
+            seen => Err(WireError::Seen { hook: self.hook, seen, sent }),
+        }
+    }
+
+    /// Takes what was counted since the last reading.
+    fn read(&mut self) -> Result<(), WireError> {
+        let mut readings = Vec::new();
+        self.kernel.sweep(0, u64::MAX, &mut readings).map_err(|source| WireError::Kernel {
+            hook: self.hook,
+            action: "cannot read the flows",
+            source: Box::new(source),
+        })?;
+        self.flows.extend(readings.into_iter().map(|reading| (reading.flow, reading.state)));
+        Ok(())
+    }
+
+    fn tally(&mut self) -> Result<Tally, WireError> {
+        self.read()?;
+        Ok(tally(&self.flows, &self.stats()?))
+    }
 }
 
 /// Both directions that a flow has: a hook sees one of them, but what it counts may be in the other by mistake.
