@@ -14,8 +14,11 @@ use std::{
     time::Duration,
 };
 
-use netmon_agent::kernel::{FlowId, Kernel, KernelError, LoadOptions, Mode, Sizes};
-use netmon_common::abi::{FlowState, Stats};
+use netmon_agent::{
+    clock::Now,
+    kernel::{FlowId, Kernel, KernelError, LoadOptions, Mode, Moved, Sizes},
+};
+use netmon_common::abi::Stats;
 use rustix::{
     io::Errno,
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
@@ -35,10 +38,11 @@ const FAR: &str = "far";
 const MTU: &str = "65535";
 /// Frames under way at most: a CPU's backlog holds 1,000 by default (net.core.netdev_max_backlog).
 const WINDOW: u64 = 128;
-/// Frames after which the counts are read: sooner than records of flows that lost their slot could fill the ring.
+/// Slots in each flow table: few, so that captures with many flows also show that nothing is lost when flows lose their
+/// slots to others.
+const SLOTS: u32 = 2_048;
+/// Frames after which the counts are read: each may take a slot from a flow, and the ring holds 29,000 of these.
 const READ_EVERY: u64 = 8_192;
-/// Entries in each flow table.
-const FLOWS: u32 = 131_072;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where netmon looks at a frame.
@@ -133,7 +137,7 @@ struct Watcher {
     hook: Hook,
     kernel: Kernel,
     /// All that was counted of each flow, as of the last reading.
-    flows: BTreeMap<FlowId, FlowState>,
+    flows: BTreeMap<FlowId, Moved>,
 }
 
 /// The cable. It works on the thread that made it alone.
@@ -208,7 +212,7 @@ impl Wire {
             let options = LoadOptions {
                 pin_dir: bpffs.join(hook.to_string().replace(' ', "-")),
                 mode,
-                sizes: Sizes { flows: FLOWS, ..Sizes::default() },
+                sizes: Sizes { flows: SLOTS, ..Sizes::default() },
                 ..LoadOptions::default()
             };
             watchers.push(Watcher::start(hook, options, end.index)?);
@@ -236,7 +240,7 @@ impl Wire {
             self.change_cpu()?;
         }
         if self.sent.is_multiple_of(READ_EVERY) {
-            self.watchers.iter_mut().try_for_each(Watcher::read)?;
+            self.watchers.iter_mut().for_each(Watcher::read);
         }
         Ok(true)
     }
@@ -259,7 +263,7 @@ impl Wire {
         if received != self.sent || answered != 0 {
             return Err(WireError::Interface { received, answered, sent: self.sent });
         }
-        self.watchers.iter_mut().map(|watcher| Ok((watcher.hook, watcher.tally()?))).collect()
+        Ok(self.watchers.iter_mut().map(|watcher| (watcher.hook, watcher.tally())).collect())
     }
 
     /// Frames of one CPU keep their order. The next CPU comes when all of them have been seen, so that all CPUs'
@@ -280,50 +284,42 @@ impl Watcher {
         Ok(Self { hook, kernel, flows: BTreeMap::new() })
     }
 
-    fn stats(&self) -> Result<Stats, WireError> {
-        self.kernel.stats().map_err(|source| WireError::Kernel {
-            hook: self.hook,
-            action: "cannot read the statistics",
-            source: Box::new(source),
-        })
-    }
-
     fn settle(&self, sent: u64) -> Result<(), WireError> {
-        let seen = || Ok::<_, WireError>(self.stats()?.seen);
-        let arrived = wait::until(PATIENCE, "the frames to arrive", || match seen() {
-            Ok(seen) if seen < sent => None,
-            result => Some(result),
-        });
-        match arrived.unwrap_or_else(|_| seen())? {
+        let seen = || self.kernel.stats().seen;
+        let all = || Some(seen()).filter(|seen| *seen >= sent);
+        match wait::until(PATIENCE, "the frames to arrive", all).unwrap_or_else(|_| seen()) {
             seen if seen == sent => Ok(()),
             seen => Err(WireError::Seen { hook: self.hook, seen, sent }),
         }
     }
 
     /// Takes what was counted since the last reading.
-    fn read(&mut self) -> Result<(), WireError> {
-        let mut readings = Vec::new();
-        self.kernel.sweep(0, u64::MAX, &mut readings).map_err(|source| WireError::Kernel {
-            hook: self.hook,
-            action: "cannot read the flows",
-            source: Box::new(source),
-        })?;
-        self.flows.extend(readings.into_iter().map(|reading| (reading.flow, reading.state)));
-        Ok(())
+    fn read(&mut self) {
+        let mut deltas = Vec::new();
+        self.kernel.sweep_all(Now::read().boot_ns, &mut deltas);
+        for delta in deltas {
+            let (sum, moved) = (self.flows.entry(delta.flow).or_default(), delta.moved);
+            sum.tx_packets += moved.tx_packets;
+            sum.rx_packets += moved.rx_packets;
+            sum.tx_bytes += moved.tx_bytes;
+            sum.rx_bytes += moved.rx_bytes;
+            sum.tx_payload += moved.tx_payload;
+            sum.rx_payload += moved.rx_payload;
+        }
     }
 
-    fn tally(&mut self) -> Result<Tally, WireError> {
-        self.read()?;
-        Ok(tally(&self.flows, &self.stats()?))
+    fn tally(&mut self) -> Tally {
+        self.read();
+        tally(&self.flows, &self.kernel.stats())
     }
 }
 
 /// Both directions that a flow has: a hook sees one of them, but what it counts may be in the other by mistake.
-fn tally(flows: &BTreeMap<FlowId, FlowState>, stats: &Stats) -> Tally {
+fn tally(flows: &BTreeMap<FlowId, Moved>, stats: &Stats) -> Tally {
     let mut tally = Tally::default();
-    for (FlowId { local, remote, protocol }, state) in flows {
-        let sent = Counts { packets: state.tx_packets, bytes: state.tx_bytes, payload: state.tx_payload };
-        let received = Counts { packets: state.rx_packets, bytes: state.rx_bytes, payload: state.rx_payload };
+    for (FlowId { local, remote, protocol }, moved) in flows {
+        let sent = Counts { packets: moved.tx_packets, bytes: moved.tx_bytes, payload: moved.tx_payload };
+        let received = Counts { packets: moved.rx_packets, bytes: moved.rx_bytes, payload: moved.rx_payload };
         for (source, destination, counts) in [(local, remote, sent), (remote, local, received)] {
             if counts != Counts::default() {
                 let flow = Flow { protocol: *protocol, source: *source, destination: *destination };

@@ -12,8 +12,8 @@ use netmon_lab::{host::Host, wait};
 use rustix::process::{Pid, Signal, kill_process};
 
 const PATIENCE: Duration = Duration::from_secs(20);
-/// A recorder that wrote nothing for this long has written all.
-const QUIET: Duration = Duration::from_millis(500);
+/// A recorder that wrote nothing for this long has written all: tcpdump looks at its buffer every second at least.
+const QUIET: Duration = Duration::from_millis(1_500);
 
 /// A directory for captures. Those of a test that failed are worth a look: they stay.
 pub struct Directory(Option<tempfile::TempDir>);
@@ -59,7 +59,7 @@ pub fn text2pcap(path: &Path, format: &str, link: u32, frames: &[Vec<u8>]) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A pcap file with these frames, byte for byte: `captured` of each, of an original of this length.
+/// A pcap file with these frames, byte for byte.
 pub fn pcap(path: &Path, link: u32, frames: &[Vec<u8>]) {
     const LONGEST: u32 = 262_144;
     let mut file = Vec::new();

@@ -69,7 +69,8 @@ fn talk(room: &Room) {
 #[test]
 fn what_real_tools_record_of_real_traffic_is_counted_as_tshark_counts_it() {
     let room = Room::build(2).unwrap();
-    let tcpdump = ["tcpdump", "-Z", "root", "-n", "-U", "--immediate-mode", "-i"];
+    // A buffer of 32 MiB: nothing that the assertions below ask for is dropped.
+    let tcpdump = ["tcpdump", "-Z", "root", "-n", "-U", "-B", "32768", "-i"];
     // Name, what is recorded where, and whether whole frames are.
     let formats: [(&str, Vec<&str>, bool); 6] = [
         ("whole.pcap", [&tcpdump[..], &["lan0", "-s", "0"]].concat(), true),
@@ -89,11 +90,12 @@ fn what_real_tools_record_of_real_traffic_is_counted_as_tshark_counts_it() {
         let tally = &replay.hooks[0].netmon;
         assert!(tally.other_protocol.packets >= 4, "IGMP and ICMP: {replay}");
         assert_eq!(tally.table_full, Counts::default(), "{replay}");
-        // Two families; a server's and a client's port are told apart by the other side.
+        // 60 bytes do not hold the ports of an IPv6 datagram, nor of its first fragment.
+        let families = if whole { 2 } else { 1 };
         let datagrams = of_port(&replay, UDP, 9001);
-        assert!(datagrams.packets >= 2 * DATAGRAMS * 6, "fragments of 1500 bytes: {replay}");
+        assert!(datagrams.packets >= families * DATAGRAMS * 6, "fragments of 1500 bytes: {replay}");
         assert_eq!(of_port(&replay, UDP, 9002).packets, 3, "multicast: {replay}");
-        assert_eq!(of_port(&replay, UDP, 9003).packets, 2, "quoted ones are not counted: {replay}");
+        assert_eq!(of_port(&replay, UDP, 9003).packets, families, "quoted ones are not counted: {replay}");
         assert_eq!(of_port(&replay, UDP, 53).packets, 2, "{replay}");
         assert!(of_port(&replay, UDP, 443).packets > 4, "QUIC: {replay}");
         if whole {
