@@ -29,7 +29,7 @@ use netmon_common::abi::{IPPROTO_TCP, IPPROTO_UDP};
 
 use super::{
     tally::{Flow, Tally},
-    tshark::{AUTHENTICATION, Dissected, FRAGMENT, Ipv4},
+    tshark::{AUTHENTICATION, Dissected, Extension, FRAGMENT, Ipv4},
 };
 
 /// `WTAP_ENCAP_` numbers of Wireshark.
@@ -278,7 +278,7 @@ fn ipv6(frame: &Dissected, held: u32) -> Behind {
     let mut count = 0;
     loop {
         let is_fragment = protocol == FRAGMENT;
-        let known = ip.extensions.iter().find(|(number, _)| *number == protocol);
+        let known = ip.extensions.get(&protocol);
         if !is_fragment && known.is_none() {
             break;
         }
@@ -290,7 +290,7 @@ fn ipv6(frame: &Dissected, held: u32) -> Behind {
         let header = if is_fragment {
             ip.fragments.get(index).map(|header| (header.next, 8))
         } else {
-            known.and_then(|(_, headers)| headers.get(index)).map(|(next, length)| {
+            known.and_then(|headers| headers.get(index)).map(|Extension { next, length }| {
                 // Units of eight bytes behind the first one; RFC 4302, 2.2: units of four behind the first two.
                 (*next, if protocol == AUTHENTICATION { (length + 2) * 4 } else { (length + 1) * 8 })
             })
@@ -332,10 +332,8 @@ fn unread(bytes: u32, headers: u32, length: u32) -> Behind {
 
 /// What tshark found behind the outermost IPv6 header and its extension headers.
 fn layer_behind_ipv6(layers: &str) -> Option<&str> {
-    let layers = layers.split(':').skip_while(|name| *name != "ipv6").skip(1);
-    layers
-        .skip_while(|name| name.starts_with("ipv6.") || ["ah", "mipv6", "hip", "shim6"].contains(name))
-        .next()
+    let mut layers = layers.split(':').skip_while(|name| *name != "ipv6").skip(1);
+    layers.find(|name| !name.starts_with("ipv6.") && !["ah", "mipv6", "hip", "shim6"].contains(name))
 }
 
 #[cfg(test)]
@@ -387,9 +385,9 @@ mod tests {
                 extensions: [0, 60, 139]
                     .map(|kind| {
                         let same = extensions.iter().filter(|(number, _, _)| *number == kind);
-                        (kind, same.map(|(_, next, length)| (*next, *length)).collect())
+                        (kind, same.map(|&(_, next, length)| Extension { next, length }).collect())
                     })
-                    .to_vec(),
+                    .into(),
                 fragments: Vec::new(),
             },
             ..datagram()

@@ -4,6 +4,7 @@
 //! Fields that occur more than once (tunnels, quoted headers) come with all their values, outermost first.
 
 use std::{
+    collections::BTreeMap,
     io::{self, BufRead as _, BufReader, Read as _},
     net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
@@ -106,11 +107,19 @@ pub struct Ipv6 {
     pub source: Option<Ipv6Addr>,
     /// Destination.
     pub destination: Option<Ipv6Addr>,
-    /// Extension headers, but fragment headers: number, and of each one the next header and the length, as in the
-    /// packet.
-    pub extensions: Vec<(u8, Vec<(u8, u32)>)>,
+    /// Extension headers, but fragment headers, by their number; of each kind in the order of the packet.
+    pub extensions: BTreeMap<u8, Vec<Extension>>,
     /// Fragment headers.
     pub fragments: Vec<Fragment>,
+}
+
+/// An IPv6 extension header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extension {
+    /// What follows it.
+    pub next: u8,
+    /// As in the packet; what it counts depends on the kind.
+    pub length: u32,
 }
 
 /// An IPv6 fragment header.
@@ -358,11 +367,11 @@ impl<'a> Row<'a> {
         Ok(fragments.map(|(((next, offset), more), id)| Fragment { next, offset, more, id }).collect())
     }
 
-    fn extensions(&mut self) -> Result<Vec<(u8, Vec<(u8, u32)>)>, Unreadable> {
-        let mut found = Vec::new();
+    fn extensions(&mut self) -> Result<BTreeMap<u8, Vec<Extension>>, Unreadable> {
+        let mut found = BTreeMap::new();
         for (number, next, length) in EXTENSIONS {
-            let headers: Vec<_> = self.all(next)?.into_iter().zip(self.all(length)?).collect();
-            found.push((number, headers));
+            let headers = self.all(next)?.into_iter().zip(self.all(length)?);
+            found.insert(number, headers.map(|(next, length)| Extension { next, length }).collect());
         }
         Ok(found)
     }
@@ -438,7 +447,7 @@ mod tests {
         assert_eq!((frame.ethertype, frame.udp_ports), (Some(0x800), (Some(1000), Some(4789))));
         assert_eq!((frame.ipv4.length, frame.ipv4.id, frame.ipv4.more), (Some(113), Some(7), Some(false)));
         assert_eq!(frame.ipv4.destination, Some([192, 0, 2, 9].into()));
-        assert_eq!(frame.ipv6.extensions[0], (0, vec![(17, 0)]));
+        assert_eq!(frame.ipv6.extensions[&0], [Extension { next: 17, length: 0 }]);
         assert_eq!((frame.tcp_header, frame.ipv6.fragments), (None, vec![]));
     }
 
