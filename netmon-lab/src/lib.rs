@@ -9,6 +9,7 @@ pub mod generator;
 pub mod host;
 pub mod lines;
 pub mod netmon;
+pub mod replay;
 pub mod room;
 pub mod traffic;
 pub mod udev_inject;

@@ -1,10 +1,10 @@
 //! `netmon-lab`: see [`netmon_lab`].
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use netmon_lab::traffic::Traffic;
-use netmon_lab::{cleanup, demo};
+use netmon_lab::{cleanup, demo, replay};
 
 /// A room on one machine: PCs, a server and an Internet out of network namespaces, real traffic, netmon's programs.
 #[derive(Debug, Parser)]
@@ -24,6 +24,14 @@ enum Command {
     },
     /// Removes what runs that did not end in good order left behind
     Clean,
+    /// Plays captures past netmon's programs, and compares what they count with what tshark says, flow by flow
+    ///
+    /// pcap and pcapng files. Status 1 when a count differs. Needs tshark.
+    Replay {
+        /// The captures
+        #[arg(required = true)]
+        captures: Vec<PathBuf>,
+    },
     /// Makes traffic; runs inside a host of the room
     #[command(subcommand, hide = true)]
     Traffic(Traffic),
@@ -47,7 +55,27 @@ fn run(command: Command) -> anyhow::Result<()> {
             }
             Ok(())
         }
+        Command::Replay { captures } => compare(&captures),
         Command::Demo { keep } => demo::run(keep),
         Command::Traffic(traffic) => traffic.run(),
     }
+}
+
+/// Each is compared, whatever became of those before it.
+fn compare(captures: &[PathBuf]) -> anyhow::Result<()> {
+    let mut differ = 0;
+    for capture in captures {
+        match replay::replay(capture) {
+            Ok(replay) => {
+                println!("{replay}");
+                differ += usize::from(!replay.agrees());
+            }
+            Err(error) => {
+                eprintln!("netmon-lab: {:#}", anyhow::Error::from(error));
+                differ += 1;
+            }
+        }
+    }
+    anyhow::ensure!(differ == 0, "{differ} of {} captures differ or could not be compared", captures.len());
+    Ok(())
 }
