@@ -93,10 +93,15 @@ impl Counters {
         }
     }
 
+    /// Frames of both directions.
+    pub fn frames(self) -> u64 {
+        self.received + self.sent
+    }
+
     /// Frames of both directions, and their bytes without the link-layer headers.
     fn l3(self, headers: Headers) -> (u64, u64) {
         let bytes = self.received_bytes - headers.received * self.received + self.sent_bytes;
-        (self.received + self.sent, bytes - headers.sent * self.sent)
+        (self.frames(), bytes - headers.sent * self.sent)
     }
 }
 
@@ -154,8 +159,7 @@ pub fn agrees_in_packets(host: &Host, kernel: &mut Loaded, name: &str) {
         let flows: u64 = flows(kernel).values().map(|state| state.tx_packets + state.rx_packets).sum();
         let stats = stats(kernel);
         let here = flows + stats.other_protocol + stats.not_ip;
-        let there = Counters::of(host, name);
-        let there = there.received + there.sent;
+        let there = Counters::of(host, name).frames();
         if here == there { Ok(()) } else { Err(format!("programs {here}, {name} {there}")) }
     });
 }
