@@ -120,15 +120,6 @@ impl Interfaces {
         failed.map(|(index, failure)| format!("{}: {}", self.name(*index).escaped(), failure.error)).collect()
     }
 
-    /// What is not to be watched, each with its reason, for people.
-    pub fn left(&self) -> Vec<String> {
-        let left = self.verdicts.iter().filter_map(|(index, verdict)| match verdict {
-            Verdict::Leave(reason) => Some(format!("{}: {reason}", self.name(*index).escaped())),
-            Verdict::Watch => None,
-        });
-        left.collect()
-    }
-
     /// Prefixes of the PC's own links.
     pub fn on_link(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.links.values().flat_map(|link| link.on_link.iter().copied())
