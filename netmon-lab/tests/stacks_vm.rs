@@ -188,10 +188,12 @@ const QINQ: Stack = Stack {
     a: "link add link card name outer type vlan proto 802.1ad id 100
         link add link outer name inner type vlan id 7
         link set outer addrgenmode none
+        link set card up
         link set outer up",
     b: "link add link card name outer type vlan proto 802.1ad id 100
         link add link outer name inner type vlan id 7
         link set outer addrgenmode none
+        link set card up
         link set outer up",
     top: ["inner", "inner"],
     remove: [&["outer"], &["outer"]],
@@ -353,7 +355,6 @@ fn xdp_takes_the_place_of_tc_ingress_on_cards() {
     let mut e1000e = Wire::e1000e();
     let (mut kernel, hook) = e1000e.watch(Mode::Xdp);
     assert!(matches!(hook, Hook::XdpTcx | Hook::XdpClsact), "{hook:?}");
-    println!("e1000e: {}", e1000e.a.ip("link show dev card"));
     assert!(e1000e.a.ip("link show dev card").contains(" xdpgeneric "), "the driver has no XDP of its own");
     for (stack, headers) in [(PLAIN, E1000E), (VLAN, tags(E1000E, 0, 1)), (BRIDGE, E1000E)] {
         e1000e.stack(&mut kernel, headers, &stack);
@@ -363,7 +364,7 @@ fn xdp_takes_the_place_of_tc_ingress_on_cards() {
     let mut virtio = Wire::virtio();
     let (mut kernel, hook) = virtio.watch(Mode::Xdp);
     assert!(matches!(hook, Hook::XdpTcx | Hook::XdpClsact), "{hook:?}");
-    println!("virtio_net: {}", virtio.a.ip("link show dev card"));
+    assert!(virtio.a.ip("link show dev card").contains(" xdp "), "the driver has XDP of its own");
     let plain = Headers::ETHERNET;
     for (stack, headers) in [(PLAIN, plain), (VLAN, tags(plain, 1, 1)), (BOND, tags(plain, 1, 1))] {
         virtio.stack(&mut kernel, headers, &stack);

@@ -250,7 +250,7 @@ pub fn is_counted_once(kernel: &mut Loaded, servers: &[&str]) {
 }
 
 /// Tells two interfaces each other's hardware address for good: no ARP, whose frames are padded, and no neighbour
-/// discovery.
+/// discovery. An interface without such an address has no neighbours to find.
 pub fn acquaint(ends: [(&Host, &str, &[&str]); 2]) {
     let address = |(host, name, _): (&Host, &str, &[&str])| {
         let path = format!("/sys/class/net/{name}/address");
@@ -258,6 +258,9 @@ pub fn acquaint(ends: [(&Host, &str, &[&str]); 2]) {
     };
     for (here, there) in [(ends[0], ends[1]), (ends[1], ends[0])] {
         let hardware = address(there);
+        if hardware.is_empty() {
+            continue;
+        }
         for remote in there.2 {
             here.0.ip(&format!("neigh replace {remote} lladdr {hardware} dev {} nud permanent", here.1));
         }
