@@ -9,7 +9,7 @@ use crate::clock::Now;
 use crate::config::Config;
 use crate::filter::FilterFile;
 use crate::identity::Identity;
-use crate::links::{self, Choice, Listing};
+use crate::links::{self, Choice, Listing, Verdict};
 use crate::{chain, kernel, status};
 
 /// What one check found.
@@ -143,18 +143,28 @@ async fn interfaces(config: &Config) -> Finding {
             hidden.join(", ")
         ));
     }
-    let names: Vec<_> =
-        links.iter().filter(|link| choice.wants(link)).map(|link| escaped(&link.name)).collect();
-    if names.is_empty() {
-        let all: Vec<_> = links.iter().map(|link| escaped(&link.name)).collect();
+    let verdicts = choice.judge(&links);
+    let (mut watched, mut left) = (Vec::new(), String::new());
+    for link in &links {
+        match verdicts.get(&link.index) {
+            Some(Verdict::Watch) => watched.push(escaped(&link.name)),
+            Some(Verdict::Leave(reason)) => {
+                left += &format!("\n{NOT_WATCHED}{}: {reason}", escaped(&link.name));
+            }
+            None => {}
+        }
+    }
+    if watched.is_empty() {
         return Finding::Weak(format!(
-            "none of {} is chosen by {:?}: name one with --interface or capture.interfaces",
-            all.join(", "),
+            "no interface is chosen by {:?}: name one with --interface or capture.interfaces (in a container, its only interface has no device){left}",
             config.capture.interfaces
         ));
     }
-    Finding::Good(format!("would watch {}", names.join(", ")))
+    Finding::Good(format!("would watch {}{left}", watched.join(", ")))
 }
+
+/// Stands under the text of a check.
+const NOT_WATCHED: &str = "                    not ";
 
 fn escaped(name: &str) -> String {
     Raw::from(name).escaped().to_string()

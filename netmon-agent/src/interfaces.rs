@@ -12,7 +12,7 @@ use netmon_common::raw::Raw;
 use crate::chain;
 use crate::clock::Now;
 use crate::kernel::Kernel;
-use crate::links::{Choice, Link};
+use crate::links::{Choice, Link, Verdict};
 use crate::recorder::Recorder;
 
 /// The interfaces of this PC.
@@ -21,10 +21,19 @@ pub struct Interfaces {
     choice: Choice,
     /// As last listed, by index.
     links: BTreeMap<u32, Link>,
-    watched: BTreeMap<u32, Interface>,
+    /// What is to become of each of `links`.
+    verdicts: BTreeMap<u32, Verdict>,
+    watched: BTreeMap<u32, Watched>,
     failed: BTreeMap<u32, Failure>,
     /// All of `watched` was seen to be attached at this wall time.
     verified_wall_ns: i64,
+}
+
+#[derive(Debug)]
+struct Watched {
+    interface: Interface,
+    /// `ARPHRD_` number when it was attached to: it decides which programs hang there.
+    link_type: u16,
 }
 
 #[derive(Debug)]
@@ -39,6 +48,7 @@ impl Interfaces {
         Self {
             choice,
             links: BTreeMap::new(),
+            verdicts: BTreeMap::new(),
             watched: BTreeMap::new(),
             failed: BTreeMap::new(),
             verified_wall_ns: now.wall_ns,
@@ -47,16 +57,23 @@ impl Interfaces {
 
     /// Takes in a new list: attaches to what came, forgets what went.
     pub fn update(&mut self, now: &Now, links: Vec<Link>, kernel: &mut Kernel, recorder: &mut Recorder) {
+        self.verdicts = self.choice.judge(&links);
         self.links = links.into_iter().map(|link| (link.index, link)).collect();
-        let is_wanted = |index: &u32| self.links.get(index).is_some_and(|link| self.choice.wants(link));
-        let gone: Vec<u32> = self.watched.keys().copied().filter(|index| !is_wanted(index)).collect();
-        let given_up: Vec<u32> = self.failed.keys().copied().filter(|index| !is_wanted(index)).collect();
+        let gone: Vec<u32> = self
+            .watched
+            .iter()
+            .filter(|(index, watched)| !self.is_wanted(**index) || self.has_other_frames(**index, watched))
+            .map(|(index, _)| *index)
+            .collect();
+        let given_up: Vec<u32> =
+            self.failed.keys().copied().filter(|index| !self.is_wanted(*index)).collect();
         for index in gone {
             self.detach(now, index, kernel, recorder);
         }
         for index in given_up {
             self.end_failure(now, index, recorder);
         }
+        self.rename(now, recorder);
         self.attach_missing(now, kernel, recorder);
     }
 
@@ -94,7 +111,7 @@ impl Interfaces {
 
     /// What is watched, by index.
     pub fn watched(&self) -> impl Iterator<Item = &Interface> {
-        self.watched.values()
+        self.watched.values().map(|watched| &watched.interface)
     }
 
     /// What cannot be watched, each with its reason, for people.
@@ -108,12 +125,34 @@ impl Interfaces {
         self.links.values().flat_map(|link| link.on_link.iter().copied())
     }
 
+    fn is_wanted(&self, index: u32) -> bool {
+        self.verdicts.get(&index) == Some(&Verdict::Watch)
+    }
+
+    /// A modem or a Wi-Fi card was switched to frames of another kind: other programs have to read them.
+    fn has_other_frames(&self, index: u32, watched: &Watched) -> bool {
+        self.links.get(&index).is_some_and(|link| link.link_type != watched.link_type)
+    }
+
+    /// The log follows an interface that has a new name. The programs stay where they are: nothing is missed.
+    fn rename(&mut self, now: &Now, recorder: &mut Recorder) {
+        for (index, watched) in &mut self.watched {
+            let Some(link) = self.links.get(index) else { continue };
+            let name = Raw::from(link.name.as_str());
+            if name != watched.interface.name {
+                recorder.record(now, Event::InterfaceDetached(watched.interface.clone()));
+                watched.interface.name = name;
+                recorder.record(now, Event::InterfaceAttached(watched.interface.clone()));
+            }
+        }
+    }
+
     fn attach_missing(&mut self, now: &Now, kernel: &mut Kernel, recorder: &mut Recorder) {
         let missing: Vec<u32> = self
             .links
-            .values()
-            .filter(|link| self.choice.wants(link) && !self.watched.contains_key(&link.index))
-            .map(|link| link.index)
+            .keys()
+            .copied()
+            .filter(|index| self.is_wanted(*index) && !self.watched.contains_key(index))
             .collect();
         for index in missing {
             self.attach(now, index, kernel, recorder);
@@ -126,7 +165,8 @@ impl Interfaces {
             Ok(hook) => {
                 self.end_failure(now, index, recorder);
                 let interface = Interface { name, index, hook };
-                self.watched.insert(index, interface.clone());
+                let link_type = self.links.get(&index).map_or(0, |link| link.link_type);
+                self.watched.insert(index, Watched { interface: interface.clone(), link_type });
                 recorder.record(now, Event::InterfaceAttached(interface));
             }
             Err(error) => {
@@ -151,8 +191,8 @@ impl Interfaces {
             let error = &error as &dyn std::error::Error;
             tracing::error!(error, index, "cannot detach from an interface");
         }
-        if let Some(interface) = self.watched.remove(&index) {
-            recorder.record(now, Event::InterfaceDetached(interface));
+        if let Some(watched) = self.watched.remove(&index) {
+            recorder.record(now, Event::InterfaceDetached(watched.interface));
         }
     }
 

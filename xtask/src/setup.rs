@@ -11,7 +11,7 @@ use crate::{ebpf, sh};
 const BUILD: [&str; 4] = ["gcc", "libc6-dev", "pkg-config", "libudev-dev"];
 /// Debian packages that the lab and the privileged tests take. Captures are made and read by tcpdump and tshark, which
 /// comes with dumpcap, text2pcap and mergecap.
-const LAB: [&str; 6] = ["iproute2", "util-linux", "bpftool", "procps", "tcpdump", "tshark"];
+const LAB: [&str; 7] = ["iproute2", "util-linux", "bpftool", "procps", "ethtool", "tcpdump", "tshark"];
 
 /// Everything to build netmon: packages, the eBPF linker, the eBPF object.
 pub fn build() -> Result<()> {

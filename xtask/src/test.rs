@@ -19,7 +19,7 @@ pub enum Part {
     Unit,
     /// Kernel programs, USB messages and the room, with real packets and real programs; needs root.
     Lab,
-    /// Real USB devices and an older kernel, in a virtual machine.
+    /// Real USB devices, stacks on network cards and older kernels, in virtual machines.
     Vm,
 }
 
@@ -29,6 +29,11 @@ const USB_KERNEL: &str = "6.1";
 /// that show the most: exact counts against the interface, and the clsact path.
 const OLDEST_KERNEL: (&str, &str) =
     ("5.10", "kernel --test-threads=1 clsact_counts_exactly filters_of_an_agent_that_died");
+
+/// Where the stacks on network cards are tested: kernels without TCX and with it.
+const STACK_KERNELS: [&str; 2] = ["6.1", "6.12"];
+/// As much of it as the oldest kernel's verifier, under emulation, has time for: one load.
+const OLDEST_STACKS: &str = "whatever_stands";
 
 /// Runs the parts, or all of them.
 pub fn run(parts: &[Part]) -> Result<()> {
@@ -53,6 +58,14 @@ pub fn run(parts: &[Part]) -> Result<()> {
         vm::run(&vm::Args::usb_tests(USB_KERNEL))?;
         let (kernel, command) = OLDEST_KERNEL;
         vm::run(&vm::Args::command(kernel, "kernel", &["ip", "tc"], command))?;
+        let stacks = |kernel, which: &str| {
+            let command = format!("stacks_vm --ignored --nocapture --test-threads=1 {which}");
+            vm::run(&vm::Args::command(kernel, "stacks_vm", &["ip", "tc", "ethtool", "wg"], &command))
+        };
+        for kernel in STACK_KERNELS {
+            stacks(kernel, "")?;
+        }
+        stacks(OLDEST_KERNEL.0, OLDEST_STACKS)?;
     }
     Ok(())
 }

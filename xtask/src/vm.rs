@@ -59,8 +59,18 @@ impl Args {
 }
 
 /// Debian packages that making and running a guest takes.
-const PACKAGES: [&str; 7] =
-    ["qemu-system-x86", "busybox-static", "kmod", "cpio", "udev", "binutils", "debian-archive-keyring"];
+const PACKAGES: [&str; 10] = [
+    "qemu-system-x86",
+    "busybox-static",
+    "kmod",
+    "cpio",
+    "udev",
+    "binutils",
+    "debian-archive-keyring",
+    "iproute2",
+    "ethtool",
+    "wireguard-tools",
+];
 
 /// About 1 boot in 100 hangs under QEMU's emulation.
 const BOOT_ATTEMPTS: u32 = 3;

@@ -96,8 +96,8 @@ impl Layer {
         match link_type {
             // ARPHRD_ETHER, ARPHRD_LOOPBACK
             1 | 772 => Some(Self::Ethernet),
-            // ARPHRD_PPP, _RAWIP, _TUNNEL, _TUNNEL6, _SIT, _NONE (tun, WireGuard)
-            512 | 519 | 768 | 769 | 776 | 0xfffe => Some(Self::Ip),
+            // ARPHRD_SLIP and its kin, _PPP, _RAWIP, _TUNNEL, _TUNNEL6, _SIT, _NONE (tun, WireGuard)
+            256..=259 | 264 | 512 | 519 | 768 | 769 | 776 | 0xfffe => Some(Self::Ip),
             _ => None,
         }
     }

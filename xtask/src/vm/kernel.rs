@@ -14,7 +14,7 @@ const SUITES: [(&str, &str); 3] =
     [("5.10", "bullseye-security"), ("6.1", "bookworm"), ("6.12", "bookworm-security")];
 
 /// What the guest may load, where the kernel has it as a module; what these need comes along.
-const MODULES: [&str; 31] = [
+const MODULES: &[&str] = &[
     // USB: host controller, storage, input, serial, network.
     "xhci_pci",
     "usb_storage",
@@ -23,6 +23,7 @@ const MODULES: [&str; 31] = [
     "hid_generic",
     "cdc_ether",
     "cdc_acm",
+    "cdc_subset",
     "rndis_host",
     "usbserial",
     // Disks and what is on them.
@@ -39,16 +40,28 @@ const MODULES: [&str; 31] = [
     "loop",
     "dm_mod",
     "dm_crypt",
-    // Network, and where programs attach.
+    // Network cards, and where programs attach.
     "virtio_pci",
     "virtio_net",
+    "e1000e",
     "sch_ingress",
     "cls_bpf",
     "act_bpf",
-    "veth",
-    "dummy",
+    // What stands on a network card.
+    "8021q",
+    "bonding",
     "bridge",
+    "dummy",
+    "macsec",
+    "macvlan",
+    "ppp_async",
+    "pppoe",
+    "slip",
+    "team",
+    "team_mode_roundrobin",
     "tun",
+    "veth",
+    "wireguard",
 ];
 
 /// A kernel that is ready to boot.
@@ -69,8 +82,13 @@ pub fn fetch(version: &str, cache: &Path) -> anyhow::Result<Kernel> {
     let directory = cache.join("kernels").join(version);
     let kernel =
         |release: String| Kernel { release, image: directory.join("vmlinuz"), modules: directory.clone() };
-    if let Ok(release) = fs::read_to_string(directory.join("release")) {
-        return Ok(kernel(release));
+    // The release, and the modules that were taken along.
+    let modules = MODULES.join(" ");
+    let stamp = fs::read_to_string(directory.join("release")).unwrap_or_default();
+    if let Some((release, had)) = stamp.split_once('\n')
+        && had == modules
+    {
+        return Ok(kernel(release.to_owned()));
     }
     let Some((_, suite)) = SUITES.iter().find(|(known, _)| *known == version) else {
         let known: Vec<_> = SUITES.iter().map(|(known, _)| *known).collect();
@@ -83,12 +101,14 @@ pub fn fetch(version: &str, cache: &Path) -> anyhow::Result<Kernel> {
     let work = tempfile::tempdir_in(cache)?;
     let unpacked = apt.unpack(&package, work.path())?;
 
+    // What is there was made for another list of modules.
+    let _ = fs::remove_dir_all(&directory);
     fs::create_dir_all(&directory)?;
     fs::copy(unpacked.join("boot").join(format!("vmlinuz-{release}")), directory.join("vmlinuz"))
         .with_context(|| format!("package {package} holds no kernel image"))?;
     prune(&unpacked, &release, &directory)?;
     // Last: its presence says that the rest is complete.
-    fs::write(directory.join("release"), &release)?;
+    fs::write(directory.join("release"), format!("{release}\n{modules}"))?;
     Ok(kernel(release))
 }
 
@@ -176,8 +196,10 @@ fn prune(unpacked: &Path, release: &str, to: &Path) -> anyhow::Result<()> {
         .map(|(file, needed)| (module_name(file), (file, needed.split_whitespace().collect())))
         .collect();
     let mut files = BTreeSet::new();
-    let crc32c = ["crc32c_generic", "libcrc32c"];
-    for (file, needed) in MODULES.iter().chain(&crc32c).filter_map(|module| needs.get(*module)) {
+    // Asked for by name at run time, not by symbol: checksums of file systems, ciphers of MACsec and WireGuard.
+    let by_name =
+        ["crc32c_generic", "libcrc32c", "gcm", "ghash_generic", "ctr", "aesni_intel", "aes_generic"];
+    for (file, needed) in MODULES.iter().chain(&by_name).filter_map(|module| needs.get(*module)) {
         files.insert(*file);
         files.extend(needed);
     }

@@ -4,9 +4,13 @@
 //! control line, on which the guest says `ready`, `exit STATUS` and, in between, asks for
 //!
 //! ```text
-//! plug ID DRIVER [NAME=VALUE]...    any USB device of QEMU; usb-storage takes size=MIB for its disk
+//! plug ID DRIVER [NAME=VALUE]...    any USB device of QEMU; usb-storage takes size=MIB for its disk,
+//!                                   a usb-net hangs on a hub of its own
 //! unplug ID
 //! ```
+//!
+//! The machine has two network cards of each of two kinds ([`CARDS`]); a hub joins the cards of a kind, and nothing
+//! leads out.
 //!
 //! and is answered `ok` or `error ...`.
 
@@ -27,6 +31,9 @@ use crate::clock;
 
 /// An emulated boot takes some 10 s on an idle PC.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// Network cards. The guest tells a hub's two by their addresses, 52:54:00:00:HUB:01 and ...:02.
+const CARDS: [&str; 2] = ["e1000e", "virtio-net-pci"];
 
 /// QEMU answers at once; this is for a machine that is busy with other things.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -57,6 +64,20 @@ pub fn run(image: &Path, initrd: &Path, directory: &Path, time_limit: u64) -> an
         );
     }
     outcome
+}
+
+/// Two network cards of each kind.
+fn cards() -> Vec<String> {
+    let mut arguments = Vec::new();
+    for (hub, driver) in CARDS.iter().enumerate() {
+        for card in 1..=2 {
+            let id = format!("{driver}-{card}");
+            let device = format!("{driver},netdev={id},mac=52:54:00:00:{hub:02x}:{card:02x},romfile=");
+            let netdev = format!("hubport,id={id},hubid={hub}");
+            arguments.extend(["-netdev".into(), netdev, "-device".into(), device]);
+        }
+    }
+    arguments
 }
 
 struct Machine {
@@ -98,6 +119,7 @@ impl Machine {
             .arg("-initrd")
             .arg(initrd)
             .args(["-device", "qemu-xhci,id=xhci,p2=8,p3=8"])
+            .args(cards())
             .args(["-serial", &format!("file:{}", console.display())])
             .args(["-chardev", "stdio,id=output,signal=off", "-serial", "chardev:output"])
             .args([
@@ -193,6 +215,13 @@ impl Machine {
             self.qmp.ask("blockdev-add", disk(&node, &self.image(id, size)?))?;
             device["drive"] = node.into();
             device["removable"] = true.into();
+        }
+        if driver == "usb-net" {
+            self.plugged += 1;
+            let netdev = format!("usb-{}", self.plugged);
+            let hub = CARDS.len();
+            self.qmp.ask("netdev_add", json!({ "type": "hubport", "id": netdev, "hubid": hub }))?;
+            device["netdev"] = netdev.into();
         }
         self.qmp.ask("device_add", device)
     }

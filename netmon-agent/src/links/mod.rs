@@ -5,17 +5,20 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::path::Path;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
-use globset::{Glob, GlobSet, GlobSetBuilder};
 use ipnet::IpNet;
 use netmon_common::raw::Raw;
 use rtnetlink::MulticastGroup;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkInfo, LinkMessage};
 use tokio::sync::mpsc;
+
+mod choice;
+mod sysfs;
+
+pub use choice::{Choice, Reason, Verdict};
 
 /// The list is read at least this often, whatever the notifications say.
 pub const RESYNC: Duration = Duration::from_secs(30);
@@ -32,10 +35,36 @@ pub struct Link {
     pub index: u32,
     /// Name.
     pub name: String,
-    /// True when a bus device stands behind it: not a bridge, bond, VLAN, veth or tunnel on top of others.
-    pub device: bool,
+    /// `ARPHRD_` number (linux/if_arp.h): what its frames begin with.
+    pub link_type: u16,
+    /// What kind of virtual interface it is (`vlan`, `macsec`); empty where the kernel does not say.
+    pub kind: String,
+    /// Index of the bond, bridge or failover interface that it is a part of.
+    pub master: Option<u32>,
+    /// Index of the interface that it stands on, in the same network namespace.
+    pub lower: Option<u32>,
+    /// What stands behind it.
+    pub backing: Backing,
     /// Its prefixes: whoever is in them can be reached without a router.
     pub on_link: Vec<IpNet>,
+}
+
+/// What the kernel says of where an interface's packets come from and go to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// No bus device: a bridge, bond, VLAN, veth, tunnel ...
+    #[default]
+    Nothing,
+    /// A bus device: a network card, Wi-Fi, a USB adapter, a modem, a virtual machine's network card.
+    Device,
+    /// A device whose frames carry the tags of a switch's ports, which are interfaces of their own (DSA).
+    SwitchConduit,
+    /// This PC's end of a virtual machine's network card (Xen).
+    VirtualMachine,
+    /// One of several connections inside the frames of a modem (QMI).
+    ModemChannel,
+    /// A tunnel inside UDP or IP packets of this PC (PPP over L2TP).
+    Tunnel,
 }
 
 /// Why interfaces cannot be followed.
@@ -162,14 +191,10 @@ async fn links_with(handle: &rtnetlink::Handle) -> Result<Vec<Link>, LinksError>
     let mut links = BTreeMap::new();
     let mut stream = Box::pin(handle.link().get().execute());
     while let Some(message) = stream.try_next().await.map_err(LinksError::List)? {
-        let name = message.attributes.into_iter().find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name),
-            _ => None,
-        });
-        let Some(name) = name else { continue };
-        let index = message.header.index;
-        let device = Path::new("/sys/class/net").join(&name).join("device").exists();
-        links.insert(index, Link { index, name, device, on_link: Vec::new() });
+        if let Some(mut link) = link(message) {
+            link.backing = sysfs::backing(&link);
+            links.insert(link.index, link);
+        }
     }
     let mut stream = Box::pin(handle.address().get().execute());
     while let Some(message) = stream.try_next().await.map_err(LinksError::List)? {
@@ -191,100 +216,60 @@ async fn links_with(handle: &rtnetlink::Handle) -> Result<Vec<Link>, LinksError>
     Ok(links.into_values().collect())
 }
 
+fn link(message: LinkMessage) -> Option<Link> {
+    let mut name = None;
+    let (mut kind, mut master, mut lower, mut elsewhere) = (String::new(), None, None, false);
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(found) => name = Some(found),
+            LinkAttribute::Controller(index) => master = Some(index),
+            LinkAttribute::Link(index) => lower = Some(index),
+            // Then the index is another namespace's.
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+            LinkAttribute::LinkInfo(infos) => {
+                let kinds = infos.iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind.to_string()),
+                    _ => None,
+                });
+                kind = kinds.unwrap_or_default();
+            }
+            _ => {}
+        }
+    }
+    let index = message.header.index;
+    Some(Link {
+        index,
+        name: name?,
+        link_type: message.header.link_layer_type.into(),
+        kind,
+        // Tunnels say 0, or themselves, where they stand on none.
+        master: master.filter(|master| *master != 0),
+        lower: lower.filter(|lower| !elsewhere && *lower != 0 && *lower != index),
+        backing: Backing::Nothing,
+        on_link: Vec::new(),
+    })
+}
+
 fn on_link(address: IpAddr, length: u8) -> Option<IpNet> {
     let prefix = IpNet::new(address, length).ok()?.trunc();
     let single = prefix.prefix_len() == prefix.max_prefix_len();
     (!single && length > 0 && !address.is_loopback()).then_some(prefix)
 }
 
-/// Which interfaces to watch: names, globs (`usb*`), or [`Choice::AUTO`].
-#[derive(Clone, Debug)]
-pub struct Choice {
-    auto: bool,
-    names: Vec<String>,
-    globs: GlobSet,
-}
-
-impl Choice {
-    /// Every interface with a bus device behind it: a packet that crosses a bridge, bond, VLAN or
-    /// tunnel crosses one of these too, and would otherwise be counted twice.
-    pub const AUTO: &str = "auto";
-    /// Is never watched.
-    const LOOPBACK: &str = "lo";
-
-    /// Reads the patterns.
-    ///
-    /// # Errors
-    /// The pattern that is not one, and why.
-    pub fn new(patterns: &[String]) -> Result<Self, String> {
-        let mut choice = Self { auto: false, names: Vec::new(), globs: GlobSet::empty() };
-        let mut globs = GlobSetBuilder::new();
-        for pattern in patterns {
-            if pattern == Self::AUTO {
-                choice.auto = true;
-            } else if pattern == Self::LOOPBACK {
-                return Err("`lo` is never watched: what crosses it does not leave this PC".to_owned());
-            } else if pattern.contains(['*', '?', '[', '{']) {
-                globs.add(Glob::new(pattern).map_err(|error| error.to_string())?);
-            } else if pattern.is_empty() || pattern.len() > 15 || pattern.contains('/') {
-                let shown = Raw::from(pattern.as_str());
-                return Err(format!("`{}` cannot be an interface's name", shown.escaped()));
-            } else {
-                choice.names.push(pattern.clone());
-            }
-        }
-        choice.globs = globs.build().map_err(|error| error.to_string())?;
-        Ok(choice)
-    }
-
-    /// True when this interface is to be watched. The loopback never is.
-    pub fn wants(&self, link: &Link) -> bool {
-        link.name != Self::LOOPBACK
-            && (self.auto && link.device
-                || self.names.contains(&link.name)
-                || self.globs.is_match(&link.name))
-    }
-
-    /// Names that were asked for and do not exist.
-    pub fn missing<'a>(&'a self, links: &'a [Link]) -> impl Iterator<Item = &'a str> {
-        self.names.iter().map(String::as_str).filter(|name| links.iter().all(|link| link.name != *name))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn link(name: &str, device: bool) -> Link {
-        Link { index: 1, name: name.into(), device, on_link: Vec::new() }
-    }
-
-    fn choice(patterns: &[&str]) -> Choice {
-        let patterns: Vec<_> = patterns.iter().map(|p| (*p).to_owned()).collect();
-        Choice::new(&patterns).unwrap()
-    }
-
-    #[test]
-    fn auto_takes_what_has_a_device_behind_it() {
-        let auto = choice(&["auto"]);
-        assert!(auto.wants(&link("enp3s0", true)));
-        assert!(!auto.wants(&link("br0", false)));
-    }
-
-    #[test]
-    fn names_and_globs_take_what_they_name_and_never_the_loopback() {
-        let some = choice(&["lan0", "usb*"]);
-        assert!(some.wants(&link("lan0", false)) && some.wants(&link("usb7", true)));
-        assert!(!some.wants(&link("eth0", true)));
-        assert!(!choice(&["*"]).wants(&link("lo", false)));
-        let links = [link("usb0", true)];
-        assert_eq!(some.missing(&links).collect::<Vec<_>>(), ["lan0"]);
-    }
-
-    #[test]
-    fn a_name_that_cannot_be_is_refused() {
-        for bad in ["", "a/b", "lo", "sixteen-letters-", "usb[*"] {
-            assert!(Choice::new(&[bad.to_owned()]).is_err(), "{bad}");
+    fn link(name: &str) -> Link {
+        Link {
+            index: 1,
+            name: name.into(),
+            link_type: 1,
+            kind: String::new(),
+            master: None,
+            lower: None,
+            backing: Backing::Device,
+            on_link: Vec::new(),
         }
     }
 
@@ -303,7 +288,7 @@ mod tests {
         let names = |names: &[&[u8]]| names.iter().map(|name| Raw::new(*name)).collect();
         let before = names(&[b"eth0", b"usb\xff", b"gone"]);
         let after = names(&[b"eth0", b"usb\xff", b"new"]);
-        let links = [link("eth0", true)];
+        let links = [link("eth0")];
         assert_eq!(hidden(before, &links, &after), [Raw::new(b"usb\xff")]);
         assert!(super::names().contains(&Raw::from("lo")));
     }
