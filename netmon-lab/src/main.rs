@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use netmon_lab::bench::Bench;
 use netmon_lab::traffic::Traffic;
 use netmon_lab::{cleanup, demo};
 
@@ -22,6 +23,9 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
+    /// Measures what watching costs
+    #[command(subcommand)]
+    Bench(Bench),
     /// Removes what runs that did not end in good order left behind
     Clean,
     /// Makes traffic; runs inside a host of the room
@@ -48,6 +52,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Demo { keep } => demo::run(keep),
+        Command::Bench(bench) => bench.run(),
         Command::Traffic(traffic) => traffic.run(),
     }
 }

@@ -1,0 +1,81 @@
+//! TCP throughput: what is left of it while somebody watches.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::monitor::Monitor;
+use super::numbers::{median, median_ratio};
+use super::pair::{Pair, RECEIVER};
+use super::report::{Findings, Table, Target, number};
+use crate::netmon::Daemon;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Rounds through all monitors.
+    pub rounds: usize,
+    /// Length of each transfer.
+    pub length: Duration,
+}
+
+const MONITORS: [Monitor; 3] = [Monitor::Nothing, Monitor::Empty, Monitor::Netmon];
+
+/// Measures.
+///
+/// # Errors
+/// iperf3 or the agent cannot be started, or iperf3 says something else than it should.
+pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
+    let output = pair.directory().join("iperf3.txt");
+    let mut command = pair.receiver().command("iperf3");
+    command.args(["--server", "--bind", RECEIVER]);
+    let mut server = Daemon::start("iperf3 --server".to_owned(), command, &output)?;
+    server.wait_until("it to listen", || listens(pair))?;
+
+    let mut rates: [Vec<f64>; 3] = Default::default();
+    for round in 1..=plan.rounds {
+        for (monitor, rates) in MONITORS.into_iter().zip(&mut rates) {
+            let running = monitor.start(pair)?;
+            let rate = transfer(pair, plan.length)?;
+            eprintln!("  round {round}, {}: {:.2} Gbit/s", monitor.name(), rate / 1e9);
+            rates.push(rate);
+            running.stop()?;
+        }
+    }
+    let mut table = Table::new(
+        "TCP throughput over veth (iperf3, one connection)",
+        &format!(
+            "Median of {} rounds of {} s; ratios are medians of the rounds' ratios.",
+            plan.rounds,
+            plan.length.as_secs()
+        ),
+        &["monitor", "Gbit/s", "/ nothing", "/ empty program"],
+    );
+    for (monitor, rate) in MONITORS.into_iter().zip(&rates) {
+        table.row([
+            monitor.name().into(),
+            number(median(rate.iter().copied()) / 1e9, 2),
+            number(median_ratio(rate, &rates[0]), 3),
+            number(median_ratio(rate, &rates[1]), 3),
+        ]);
+    }
+    let kept = median_ratio(&rates[2], &rates[0]);
+    let target = Target::at_least("TCP over veth, throughput by the unmonitored one's", 0.99, kept, 3, "");
+    Ok(Findings { tables: vec![table], targets: vec![target] })
+}
+
+/// Local address 0A63:0002, port 5201, state LISTEN, as `/proc/net/tcp` writes it.
+fn listens(pair: &Pair) -> bool {
+    let sockets = std::fs::read_to_string(format!("/proc/{}/net/tcp", pair.receiver().holder_pid()));
+    sockets.is_ok_and(|sockets| sockets.lines().any(|line| line.contains(":1451 ") && line.contains(" 0A ")))
+}
+
+/// Bits per second that the receiver got.
+fn transfer(pair: &Pair, length: Duration) -> Result<f64> {
+    let seconds = length.as_secs().max(1).to_string();
+    let text = pair.sender().run(&["iperf3", "--client", RECEIVER, "--time", &seconds, "--json"])?;
+    let report: serde_json::Value = serde_json::from_str(&text).context("iperf3 does not speak JSON")?;
+    report["end"]["sum_received"]["bits_per_second"]
+        .as_f64()
+        .with_context(|| format!("iperf3 does not tell its rate: {}", report["error"]))
+}
