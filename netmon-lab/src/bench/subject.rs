@@ -1,9 +1,10 @@
 //! What hangs on the interface while packets arrive: netmon's programs, or what they are compared with.
 
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use aya::maps::MapInfo;
+use aya::maps::MapData;
 use aya::programs::links::LinkOrder;
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions, TcAttachType};
 use aya::programs::xdp::{XdpLink, XdpMode};
@@ -198,10 +199,13 @@ impl Netmon {
         let mut maps = Vec::new();
         for entry in std::fs::read_dir(&self.pins)? {
             let path = entry?.path();
-            // The programs are pinned here, too.
-            let Ok(info) = MapInfo::from_pin(&path) else { continue };
-            let fd = info.fd()?;
-            let number = std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&fd));
+            let Ok(map) = MapData::from_pin(&path) else { continue };
+            let number = map.fd().as_fd().as_raw_fd();
+            // The programs are pinned here, too, and their descriptors pass for those of maps until one looks.
+            let kind = std::fs::read_link(format!("/proc/self/fd/{number}"))?;
+            if kind != Path::new("anon_inode:bpf-map") {
+                continue;
+            }
             let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
             let bytes = text.lines().find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok());
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
