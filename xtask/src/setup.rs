@@ -10,7 +10,7 @@ use crate::{ebpf, sh};
 /// Debian packages that building and running takes, beside what [`ebpf`] installs.
 const BUILD: [&str; 4] = ["gcc", "libc6-dev", "pkg-config", "libudev-dev"];
 /// Debian packages that the lab and the privileged tests take.
-const LAB: [&str; 4] = ["iproute2", "util-linux", "bpftool", "procps"];
+const LAB: [&str; 5] = ["iproute2", "util-linux", "bpftool", "procps", "ethtool"];
 
 /// Everything to build netmon: packages, the eBPF linker, the eBPF object.
 pub fn build() -> Result<()> {

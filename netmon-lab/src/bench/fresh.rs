@@ -7,7 +7,7 @@ use netmon_agent::kernel::{Mode, Sizes};
 
 use super::frames::{self, Family, Shape};
 use super::order::Order;
-use super::pair::{INTERFACE, Pair, inside};
+use super::pair::{Pair, inside};
 use super::report::{Findings, Table, Target, number};
 use super::source::{Source, Until, index_of};
 use super::subject::Netmon;
@@ -101,12 +101,10 @@ pub fn offer(pair: &Pair, shape: Shape, flows: u32, rate: Option<u64>) -> Result
         let mut source = Source::load(pair)?;
         source.prepare(shape, Order::Sequential, flows)?;
         let mut netmon = Netmon::load("bench-fresh", Mode::Tc, Sizes::default(), ifindex)?;
-        netmon.kernel.set_prefixes(&frames::private_prefixes(), frames::muted_prefixes())?;
         netmon.kernel.attach(ifindex)?;
-        let arrived = || pair.receiver().counters(INTERFACE).map(|counters| counters.rx_packets);
-        let before = arrived()?;
+        let before = pair.arrived()?;
         let sent = source.send(Until::Frames(flows.into()), rate, || netmon.tend())?;
-        let arrived = arrived()? - before;
+        let arrived = pair.arrived()? - before;
         netmon.readings.drain(&mut netmon.kernel);
         netmon.readings.sweep(&mut netmon.kernel)?;
         let stats = netmon.kernel.stats()?;

@@ -45,7 +45,6 @@ fn measure(ifindex: u32, plan: Plan) -> Result<Findings> {
     let mut hash = Reference::hash(65_536)?;
     let mut xdp_empty = Reference::empty(Mode::Xdp)?;
     let mut netmon = Netmon::load("bench-hot", Mode::Tc, Sizes::default(), ifindex)?;
-    netmon.kernel.set_prefixes(&super::frames::private_prefixes(), super::frames::muted_prefixes())?;
     let pinned = |name| SchedClassifier::from_pin(netmon.pin(name)).context("cannot open netmon's program");
     let (ingress, egress) = (pinned(abi::programs::TC_INGRESS)?, pinned(abi::programs::TC_EGRESS)?);
     let xdp = Xdp::from_pin(netmon.pin(abi::programs::XDP_INGRESS), XdpAttachType::Interface)?;

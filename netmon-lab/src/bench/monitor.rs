@@ -22,8 +22,12 @@ pub enum Monitor {
     Nothing,
     /// A TC program that does nothing.
     Empty,
+    /// A TC program that counts flows in a hash map; nobody reads it.
+    Hash,
     /// netmon's agent, as it runs on a PC.
     Netmon,
+    /// netmon's agent in its XDP mode.
+    NetmonXdp,
     /// softflowd (NetFlow).
     Softflowd,
     /// pmacct's pmacctd, flows by the five numbers.
@@ -36,10 +40,12 @@ pub enum Monitor {
 
 impl Monitor {
     /// All, in the order in which a round goes through them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Nothing,
         Self::Empty,
+        Self::Hash,
         Self::Netmon,
+        Self::NetmonXdp,
         Self::Softflowd,
         Self::Pmacctd,
         Self::Argus,
@@ -51,12 +57,18 @@ impl Monitor {
         match self {
             Self::Nothing => "nothing",
             Self::Empty => "empty program",
+            Self::Hash => "hash program",
             Self::Netmon => "**netmon-agent**",
+            Self::NetmonXdp => "netmon-agent, XDP",
             Self::Softflowd => "softflowd",
             Self::Pmacctd => "pmacctd",
             Self::Argus => "argus",
             Self::Tcpdump => "tcpdump -s 96",
         }
+    }
+
+    fn is_netmon(self) -> bool {
+        matches!(self, Self::Netmon | Self::NetmonXdp)
     }
 
     /// Starts it; it watches when this returns.
@@ -68,9 +80,14 @@ impl Monitor {
         let mut running = Running { monitor: self, pair, directory, daemon: None, program: None };
         match self {
             Self::Nothing => {}
-            Self::Empty => {
+            Self::Empty | Self::Hash => {
                 let program = inside(pair.receiver(), || {
-                    let mut program = Subject::Reference(Reference::empty(Mode::Tc)?);
+                    let reference = if self == Self::Empty {
+                        Reference::empty(Mode::Tc)
+                    } else {
+                        Reference::hash(65_536)
+                    };
+                    let mut program = Subject::Reference(reference?);
                     program.attach()?;
                     Ok(program)
                 })?;
@@ -121,8 +138,8 @@ impl Running<'_> {
         };
         let path = |name: &str| self.file(name).to_string_lossy().into_owned();
         Ok(match self.monitor {
-            Monitor::Nothing | Monitor::Empty => bail!("no process"),
-            Monitor::Netmon => {
+            Monitor::Nothing | Monitor::Empty | Monitor::Hash => bail!("no process"),
+            Monitor::Netmon | Monitor::NetmonXdp => {
                 // Nothing but defaults, whatever this machine's own agent is told.
                 fs::write(self.file("agent.toml"), "")?;
                 let mut command = host.command(program("netmon-agent")?);
@@ -132,7 +149,8 @@ impl Running<'_> {
                 {
                     command.arg(option).arg(self.file(name));
                 }
-                command.args(["run", "--interface", INTERFACE]);
+                let mode = if self.monitor == Monitor::NetmonXdp { "xdp" } else { "tc" };
+                command.args(["run", "--interface", INTERFACE, "--mode", mode]);
                 command
             }
             Monitor::Softflowd => {
@@ -155,7 +173,7 @@ impl Running<'_> {
 
     /// Whether it is ready: the agent says so, the others have a packet socket.
     fn watches(&self) -> bool {
-        if self.monitor == Monitor::Netmon {
+        if self.monitor.is_netmon() {
             return self.status().is_some_and(|status| status["state"] == "watching");
         }
         let sockets = fs::read_to_string(format!("/proc/{}/net/packet", self.pair.receiver().holder_pid()));
@@ -190,7 +208,7 @@ impl Running<'_> {
     /// It does not stop, or its count cannot be found in what it wrote.
     pub fn stop(mut self) -> Result<Option<u64>> {
         let before = match self.monitor {
-            Monitor::Netmon => Some(self.netmon_counted()?),
+            Monitor::Netmon | Monitor::NetmonXdp => Some(self.netmon_counted()?),
             Monitor::Softflowd => Some(self.softflowd_processed()?),
             _ => None,
         };
@@ -201,8 +219,8 @@ impl Running<'_> {
         daemon.wait_end()?;
         let said = daemon.said();
         let counted = match self.monitor {
-            Monitor::Nothing | Monitor::Empty => None,
-            Monitor::Netmon | Monitor::Softflowd => before,
+            Monitor::Nothing | Monitor::Empty | Monitor::Hash => None,
+            Monitor::Netmon | Monitor::NetmonXdp | Monitor::Softflowd => before,
             Monitor::Tcpdump => number_before(&said, " packets captured"),
             Monitor::Pmacctd => {
                 sum_of_column(&fs::read_to_string(self.file("flows.csv")).unwrap_or_default(), "PACKETS")

@@ -5,14 +5,15 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 use std::{panic, process, thread};
 
 use anyhow::{Context as _, Result};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
-use crate::cleanup;
 use crate::host::Host;
 use crate::room::RoomError;
+use crate::{cleanup, wait};
 
 /// Name of the cable's end in both hosts.
 pub const INTERFACE: &str = "bench0";
@@ -91,6 +92,18 @@ impl Pair {
     /// Who is watched.
     pub fn receiver(&self) -> &Host {
         &self.receiver
+    }
+
+    /// Packets that have arrived at the receiver, once those on the way are there.
+    ///
+    /// # Errors
+    /// They do not stop coming.
+    pub fn arrived(&self) -> Result<u64> {
+        const QUIET: Duration = Duration::from_millis(50);
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let count = || self.receiver.counters(INTERFACE).ok().map(|counters| counters.rx_packets);
+        let last = wait::unchanged(QUIET, PATIENCE, "an end of the packets", count)?;
+        last.context("the receiver does not tell what arrived")
     }
 
     /// Files of this run; both hosts see them, and they go with the pair.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 /// Memory that is mapped in and present, in bytes.
@@ -38,11 +39,31 @@ fn process_group(stat: &str) -> Option<u32> {
 
 fn cpu_of_threads(pid: u32) -> Duration {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return Duration::ZERO };
-    let times = threads.filter_map(|thread| {
-        let text = fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
-        text.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
-    });
-    times.sum()
+    threads.filter_map(|thread| on_cpu(&thread.ok()?.path().join("schedstat")).ok()).sum()
+}
+
+/// Time that the calling thread has been on a CPU.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn cpu_of_this_thread() -> io::Result<Duration> {
+    on_cpu(Path::new("/proc/thread-self/schedstat"))
+}
+
+/// Time that the kernel's thread for postponed packets of a CPU has been on it; zero where it cannot be found.
+pub fn cpu_of_softirq_thread(cpu: usize) -> Duration {
+    let name = format!("ksoftirqd/{cpu}\n");
+    let Ok(entries) = fs::read_dir("/proc") else { return Duration::ZERO };
+    let mut paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let thread = paths.find(|path| fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm == name));
+    thread.and_then(|path| on_cpu(&path.join("schedstat")).ok()).unwrap_or_default()
+}
+
+/// The first number of a `schedstat` file: nanoseconds on a CPU.
+fn on_cpu(file: &Path) -> io::Result<Duration> {
+    let text = fs::read_to_string(file)?;
+    let ns = text.split_whitespace().next().and_then(|ns| ns.parse().ok());
+    ns.map(Duration::from_nanos).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// Memory of a process.

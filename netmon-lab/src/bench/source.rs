@@ -13,6 +13,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use super::frames::{Family, Shape};
 use super::order::Order;
 use super::pair::{INTERFACE, Pair, inside};
+use super::process::{cpu_of_softirq_thread, cpu_of_this_thread};
 use super::shared::{CHUNK, Chunk, Source as Settings, maps, programs};
 use crate::clock;
 use crate::host::Host;
@@ -49,6 +50,9 @@ pub struct Sent {
     pub frames: u64,
     /// How long that took.
     pub took: Duration,
+    /// CPU time in it: of sending and of all that the receiver's kernel does with the packets, for both happen on one
+    /// CPU. What other processes take from that CPU is not in it.
+    pub cpu: Duration,
 }
 
 /// The packet source of a pair's sender. One load at a time.
@@ -128,13 +132,15 @@ impl<'a> Source<'a> {
         let program: &Xdp =
             self.ebpf.program(programs::SOURCE).context("the reference has no packet source")?.try_into()?;
         let (frame, cpu, sender) = (self.frame.as_slice(), self.cpu, self.pair.sender());
-        let took = thread::scope(|scope| {
+        let (took, cpu) = thread::scope(|scope| {
             let sending = scope.spawn(move || {
                 inside(sender, || {
                     let mut here = CpuSet::new();
                     here.set(cpu);
                     sched_setaffinity(None, &here).context("cannot stay on one CPU")?;
-                    drive(program, frame, until, rate)
+                    let before = cpu_of_this_thread()? + cpu_of_softirq_thread(cpu);
+                    let took = drive(program, frame, until, rate)?;
+                    Ok((took, cpu_of_this_thread()? + cpu_of_softirq_thread(cpu) - before))
                 })
             });
             let mut result = Ok(());
@@ -144,10 +150,10 @@ impl<'a> Source<'a> {
                 }
                 thread::park_timeout(MEANWHILE);
             }
-            let took = sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            result.and(took)
+            let sent = sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            result.and(sent)
         })?;
-        Ok(Sent { frames: self.made()? - before, took })
+        Ok(Sent { frames: self.made()? - before, took, cpu })
     }
 }
 

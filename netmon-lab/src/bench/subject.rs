@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use aya::maps::MapData;
@@ -12,7 +13,9 @@ use aya::programs::{ProgramInfo, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use netmon_agent::kernel::{Kernel, LoadOptions, Mode, Sizes};
 use netmon_common::abi;
+use netmon_common::prefixes::PrefixList;
 
+use super::frames;
 use super::pair::INTERFACE;
 use super::readings::Readings;
 use super::shared::{maps, programs};
@@ -20,7 +23,11 @@ use super::source::{missing, object};
 use crate::clock;
 
 /// The agent reads its tables this often.
-const SWEEP: std::time::Duration = std::time::Duration::from_millis(250);
+const SWEEP: Duration = Duration::from_millis(250);
+/// The tries are as full as an agent's.
+const IP_TXT: &str = include_str!("../../../ip.txt");
+/// Label of all that is in it: who it is does not matter here.
+const LIST_LABEL: u16 = 1;
 
 /// Run time that the kernel has summed up for a program while statistics were enabled.
 #[derive(Clone, Copy, Debug)]
@@ -145,19 +152,22 @@ pub struct Netmon {
     pub readings: Readings,
     mode: Mode,
     pins: PathBuf,
-    swept: std::time::Instant,
+    swept: Instant,
     ifindex: u32,
 }
 
 impl Netmon {
-    /// Loads them; must be called inside the receiver. `name` tells their pins from those of others.
+    /// Loads them, with the prefixes of ip.txt and those of [`frames`]; must be called inside the receiver. `name` tells their pins from those of others.
     ///
     /// # Errors
     /// As [`Kernel::load`].
     pub fn load(name: &str, mode: Mode, sizes: Sizes, ifindex: u32) -> Result<Self> {
         let pins = Path::new("/sys/fs/bpf").join(name);
         let options = LoadOptions { pin_dir: pins.clone(), mode, sizes, ..LoadOptions::default() };
-        let kernel = Kernel::load(options)?;
+        let mut kernel = Kernel::load(options)?;
+        let list = PrefixList::parse(IP_TXT).context("ip.txt")?;
+        let muted = list.prefixes().map(|(prefix, _)| (prefix, LIST_LABEL)).chain(frames::muted_prefixes());
+        kernel.set_prefixes(&frames::private_prefixes(), muted)?;
         Ok(Self { kernel, readings: Readings::default(), mode, pins, swept: clock::now(), ifindex })
     }
 
