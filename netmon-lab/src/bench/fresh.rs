@@ -40,6 +40,8 @@ pub struct Outcome {
     pub classified: u64,
     /// "Flow opened" records.
     pub opened: u64,
+    /// Records of counted flows that found the ring full: these flows are read, only later.
+    pub unannounced: u64,
 }
 
 /// Measures, IPv4 and IPv6.
@@ -63,6 +65,7 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
             "read",
             "classified",
             "announced",
+            "ring full",
             "took, s",
         ],
     );
@@ -80,6 +83,7 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
             outcome.read.into(),
             outcome.classified.into(),
             outcome.opened.into(),
+            outcome.unannounced.into(),
             number(took.as_secs_f64(), 1),
         ]);
         let share = |part: u64| part as f64 / outcome.arrived as f64 * 100.0;
@@ -116,6 +120,7 @@ pub fn offer(pair: &Pair, shape: Shape, flows: u32, rate: Option<u64>) -> Result
             counted: stats.counted,
             refused: stats.seen - stats.counted,
             opened: netmon.readings.opened,
+            unannounced: stats.ring_full,
             ..Outcome::default()
         };
         for flow in 0..flows {

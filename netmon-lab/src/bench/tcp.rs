@@ -3,11 +3,16 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use aya::sys::{Stats, enable_stats};
+use netmon_agent::kernel::{Mode, Sizes};
 
+use super::hot::both;
 use super::monitor::Monitor;
 use super::numbers::{median, median_ratio};
-use super::pair::{Pair, RECEIVER};
+use super::pair::{Pair, RECEIVER, inside};
 use super::report::{Findings, Table, Target, number};
+use super::source::index_of;
+use super::subject::{Netmon, Reference, Subject};
 use crate::netmon::Daemon;
 
 /// What is measured.
@@ -61,7 +66,49 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
     }
     let kept = median_ratio(&rates[2], &rates[0]);
     let target = Target::at_least("TCP over veth, throughput by the unmonitored one's", 0.99, kept, 3, "");
-    Ok(Findings { tables: vec![table], targets: vec![target] })
+    Ok(Findings { tables: vec![table, run_times(pair, plan)?], targets: vec![target] })
+}
+
+/// What a super-packet costs: the same transfer once more, with the kernel's run-time statistics, which cost
+/// throughput themselves.
+fn run_times(pair: &Pair, plan: Plan) -> Result<Table> {
+    let ifindex = index_of(pair.receiver())?;
+    let mut times: [Vec<f64>; 3] = Default::default();
+    inside(pair.receiver(), || {
+        let _statistics = enable_stats(Stats::RunTime).context("cannot enable run-time statistics")?;
+        let mut subjects = [
+            Subject::Reference(Reference::empty(Mode::Tc)?),
+            Subject::Reference(Reference::hash(65_536)?),
+            Subject::Netmon(Box::new(Netmon::load("bench-tcp", Mode::Tc, Sizes::default(), ifindex)?)),
+        ];
+        for _ in 0..plan.rounds {
+            for (subject, times) in subjects.iter_mut().zip(&mut times) {
+                subject.attach()?;
+                let before = subject.run_time()?;
+                transfer(pair, plan.length)?;
+                times.push(subject.run_time()?.per_run_since(before));
+                subject.detach()?;
+            }
+        }
+        Ok(())
+    })?;
+    let [empty, hash, netmon] = &times;
+    let net =
+        |times: &[f64]| -> Vec<f64> { times.iter().zip(empty).map(|(time, empty)| time - empty).collect() };
+    let (hash, netmon) = (net(hash), net(netmon));
+    let mut table = Table::new(
+        "Cost of a TCP super-packet (run time during iperf3)",
+        "Nanoseconds per run of the ingress program, net of the empty program of the same round: median, and the least \
+         in brackets. A run is a super-packet of up to 64 KiB, whose segments netmon counts.",
+        &["empty, gross", "netmon", "hash", "netmon / hash"],
+    );
+    table.row([
+        number(median(empty.iter().copied()), 0),
+        both(&netmon),
+        both(&hash),
+        number(median_ratio(&netmon, &hash), 2),
+    ]);
+    Ok(table)
 }
 
 /// Local address 0A63:0002, port 5201, state LISTEN, as `/proc/net/tcp` writes it.
