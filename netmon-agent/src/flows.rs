@@ -1,17 +1,21 @@
-//! Flow counters become activity: what moved since the last look, under which transfer or ledger label.
+//! What flows moved becomes activity: under which transfer or ledger label.
 //!
-//! Pure: fed with the readings of one sweep of the kernel's tables.
+//! Pure: fed with what one sweep of the kernel's tables brought.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 
 use netmon_common::abi::{self, FlowState};
 use netmon_common::model::{Opened, Service, Traffic};
 use netmon_common::raw::Raw;
 
-use crate::kernel::{FlowId, FlowReading};
+use crate::kernel::{FlowDelta, FlowId};
 use crate::ledger;
 use crate::transfers::{Activity, Key};
+
+/// Flows that are remembered at most: some 200 bytes each. What moves beyond is taken in all the same, but who opened such
+/// a flow is known from its own packets only.
+pub const MAX_KNOWN: usize = 131_072;
 
 /// What decides where a flow's bytes go.
 #[derive(Clone, Debug, Default)]
@@ -33,55 +37,124 @@ pub enum Moved {
     Muted(String, Traffic, u64),
 }
 
-/// The flows that the kernel's tables hold, as last seen.
+/// The flows that moved lately, over all CPUs.
 #[derive(Debug, Default)]
 pub struct Flows {
     known: HashMap<FlowId, Known>,
+    /// Flows that moved since they were last shown.
+    moved: VecDeque<FlowId>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Known {
-    total: Traffic,
-    last_ns: u64,
-    period: u64,
+    /// All that is known of it.
+    state: FlowState,
+    /// It is in `moved`.
+    queued: bool,
+    /// The ledger's period in which it was last counted as a flow.
+    period: Option<u64>,
 }
 
 impl Flows {
-    /// Turns the readings of one sweep into what moved, transfers' activities in order of time.
+    /// Turns what one sweep brought into what moved, transfers' activities in order of time.
     ///
     /// `interface` names an interface by index; `period` is the ledger's.
     pub fn observe(
         &mut self,
-        readings: &[FlowReading],
+        deltas: &mut [FlowDelta],
         policy: &Policy,
         period: u64,
         interface: impl Fn(u32) -> Raw,
     ) -> Vec<Moved> {
-        let mut moved = Vec::new();
-        for FlowReading { flow, state, retired } in readings {
-            let known = self.known.entry(*flow).or_default();
-            let total = traffic_of(state);
-            // Counters of a flow that was removed and came back begin anew.
-            let before = if state.first_ns > known.last_ns { Traffic::default() } else { known.total };
-            let traffic = difference(total, before);
-            let before_ns = std::mem::replace(&mut known.last_ns, state.last_ns);
-            known.total = total;
-            if traffic != Traffic::default() {
-                let first_ns = if state.burst_ns > before_ns { state.burst_ns } else { before_ns };
-                let one = moved_by(flow, state, traffic, first_ns, policy, &interface);
-                moved.push(match one {
-                    Moved::Muted(label, traffic, _) => {
-                        let new = u64::from(std::mem::replace(&mut known.period, period) != period);
-                        Moved::Muted(label, traffic, new)
+        // The first packet tells who opened a flow, and each CPU has another first one.
+        deltas.sort_by_key(|delta| delta.first_ns);
+        for delta in deltas.iter() {
+            self.learn(delta);
+        }
+        let mut moved: Vec<Moved> = deltas
+            .iter()
+            .map(|delta| {
+                let known = self.known.get_mut(&delta.flow);
+                let (opened, hints) =
+                    known.as_ref().map_or((delta.opened, delta.hints), |k| (k.state.opened, k.state.hints));
+                let service = service_of(&delta.flow, opened, hints);
+                let traffic = traffic_of(delta);
+                match mute_label(delta, service, policy) {
+                    Some(label) => {
+                        let before = known.map(|known| known.period.replace(period));
+                        Moved::Muted(label, traffic, u64::from(before != Some(Some(period))))
                     }
-                    activity => activity,
-                });
-            }
-            if *retired {
-                self.known.remove(flow);
+                    None => Moved::Activity(Activity {
+                        key: key_of(delta, service),
+                        service,
+                        opened: opened_of(opened),
+                        interface: interface(delta.ifindex),
+                        first_ns: delta.first_ns,
+                        last_ns: delta.last_ns,
+                        traffic,
+                    }),
+                }
+            })
+            .collect();
+        moved.sort_by_key(|moved| match moved {
+            Moved::Muted(..) => (0, 0),
+            Moved::Activity(activity) => (activity.first_ns, activity.last_ns),
+        });
+        moved
+    }
+
+    fn learn(&mut self, delta: &FlowDelta) {
+        let full = self.known.len() >= MAX_KNOWN;
+        let known = match self.known.entry(delta.flow) {
+            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
+            std::collections::hash_map::Entry::Vacant(_) if full => return,
+            std::collections::hash_map::Entry::Vacant(place) => place.insert(Known {
+                state: FlowState {
+                    first_ns: delta.first_ns,
+                    ifindex: delta.ifindex,
+                    opened: delta.opened,
+                    ..FlowState::default()
+                },
+                queued: false,
+                period: None,
+            }),
+        };
+        let (state, moved) = (&mut known.state, &delta.moved);
+        state.tx_packets += moved.tx_packets;
+        state.rx_packets += moved.rx_packets;
+        state.tx_bytes += moved.tx_bytes;
+        state.rx_bytes += moved.rx_bytes;
+        state.tx_payload += moved.tx_payload;
+        state.rx_payload += moved.rx_payload;
+        state.last_ns = state.last_ns.max(delta.last_ns);
+        (state.class, state.label) = (delta.class, delta.label);
+        state.tcp_flags |= delta.tcp_flags;
+        state.hints |= delta.hints;
+        if state.opened == abi::OPENED_UNKNOWN {
+            state.opened = delta.opened;
+        }
+        if !std::mem::replace(&mut known.queued, true) {
+            self.moved.push_back(delta.flow);
+        }
+    }
+
+    /// A flow that has moved since this last returned it, with its sums; `None` when there is none.
+    pub fn next_moved(&mut self) -> Option<(FlowId, FlowState)> {
+        loop {
+            let flow = self.moved.pop_front()?;
+            // It may have been forgotten meanwhile.
+            if let Some(known) = self.known.get_mut(&flow) {
+                known.queued = false;
+                return Some((flow, known.state));
             }
         }
-        in_order(moved)
+    }
+
+    /// Forgets flows that are silent, the sooner the more there are, and returns them.
+    pub fn forget(&mut self, now_boot_ns: u64) -> Vec<FlowId> {
+        let after_ns = forget_after_ns(self.known.len());
+        let silent = |known: &Known| now_boot_ns.saturating_sub(known.state.last_ns) >= after_ns;
+        self.known.extract_if(|_, known| silent(known)).map(|(flow, _)| flow).collect()
     }
 
     /// Flows that are remembered.
@@ -95,90 +168,47 @@ impl Flows {
     }
 }
 
-/// The same for flows that found no room in the table: each reading is one packet and complete in itself. What is
-/// known of the table's flows is left alone, because such a flow may have found room since.
-pub fn observe_unstored(
-    readings: &[FlowReading],
-    policy: &Policy,
-    interface: impl Fn(u32) -> Raw,
-) -> Vec<Moved> {
-    let moved = readings.iter().map(|FlowReading { flow, state, .. }| {
-        moved_by(flow, state, traffic_of(state), state.first_ns, policy, &interface)
-    });
-    in_order(moved.collect())
-}
-
-fn moved_by(
-    flow: &FlowId,
-    state: &FlowState,
-    traffic: Traffic,
-    first_ns: u64,
-    policy: &Policy,
-    interface: impl Fn(u32) -> Raw,
-) -> Moved {
-    let service = service_of(flow, state);
-    match mute_label(flow, state, service, policy) {
-        Some(label) => Moved::Muted(label, traffic, 0),
-        None => Moved::Activity(Activity {
-            key: key_of(flow, state, service),
-            service,
-            opened: opened_of(state),
-            interface: interface(state.ifindex),
-            first_ns,
-            last_ns: state.last_ns,
-            traffic,
-        }),
+/// How long a flow is remembered after its last packet. A flow that comes back later is a new one, and a connection's
+/// opener and protocol are told by its first packets: remember it while there is room.
+fn forget_after_ns(flows: usize) -> u64 {
+    const SECOND_NS: u64 = 1_000_000_000;
+    match flows {
+        0..2_048 => 300 * SECOND_NS,
+        2_048..16_384 => 30 * SECOND_NS,
+        16_384..65_536 => 10 * SECOND_NS,
+        _ => 3 * SECOND_NS,
     }
 }
 
-/// The ledger's first, then the transfers' in order of time.
-fn in_order(mut moved: Vec<Moved>) -> Vec<Moved> {
-    moved.sort_by_key(|moved| match moved {
-        Moved::Muted(..) => (0, 0),
-        Moved::Activity(activity) => (activity.first_ns, activity.last_ns),
-    });
-    moved
-}
-
-fn traffic_of(state: &FlowState) -> Traffic {
+fn traffic_of(delta: &FlowDelta) -> Traffic {
+    let moved = &delta.moved;
     Traffic {
-        tx_bytes: state.tx_bytes,
-        rx_bytes: state.rx_bytes,
-        tx_payload: state.tx_payload,
-        rx_payload: state.rx_payload,
-        tx_packets: state.tx_packets,
-        rx_packets: state.rx_packets,
+        tx_bytes: moved.tx_bytes,
+        rx_bytes: moved.rx_bytes,
+        tx_payload: moved.tx_payload,
+        rx_payload: moved.rx_payload,
+        tx_packets: moved.tx_packets,
+        rx_packets: moved.rx_packets,
     }
 }
 
-fn difference(now: Traffic, before: Traffic) -> Traffic {
-    Traffic {
-        tx_bytes: now.tx_bytes.saturating_sub(before.tx_bytes),
-        rx_bytes: now.rx_bytes.saturating_sub(before.rx_bytes),
-        tx_payload: now.tx_payload.saturating_sub(before.tx_payload),
-        rx_payload: now.rx_payload.saturating_sub(before.rx_payload),
-        tx_packets: now.tx_packets.saturating_sub(before.tx_packets),
-        rx_packets: now.rx_packets.saturating_sub(before.rx_packets),
-    }
-}
-
-fn opened_of(state: &FlowState) -> Opened {
-    match state.opened {
+fn opened_of(opened: u8) -> Opened {
+    match opened {
         abi::OPENED_HERE => Opened::Here,
         abi::OPENED_THERE => Opened::There,
         _ => Opened::Unknown,
     }
 }
 
-fn key_of(flow: &FlowId, state: &FlowState, service: Service) -> Key {
+fn key_of(delta: &FlowDelta, service: Service) -> Key {
     // IPv4-mapped addresses (RFC 4291, section 2.5.5.2) are the IPv4 host.
-    let host = flow.remote.ip().to_canonical();
-    if state.class == abi::CLASS_LAN { Key::Lan(host) } else { Key::Internet(host, service) }
+    let host = delta.flow.remote.ip().to_canonical();
+    if delta.class == abi::CLASS_LAN { Key::Lan(host) } else { Key::Internet(host, service) }
 }
 
 /// The service is the port of the side that was called. TCP says who called; for UDP the first packet that was
 /// seen may be an answer, so a well-known port (RFC 6335: below 1024) counts more than the order.
-fn service_of(flow: &FlowId, state: &FlowState) -> Service {
+fn service_of(flow: &FlowId, opened: u8, hints: u8) -> Service {
     let (local, remote) = (flow.local.port(), flow.remote.port());
     let tcp = flow.protocol == abi::IPPROTO_TCP;
     let well_known = |port: u16| port != 0 && port < 1024;
@@ -187,21 +217,22 @@ fn service_of(flow: &FlowId, state: &FlowState) -> Service {
         (false, true) => Some(remote),
         _ => None,
     };
-    let by_opener = match opened_of(state) {
+    let by_opener = match opened_of(opened) {
         Opened::Here => Some(remote),
         Opened::There => Some(local),
         Opened::Unknown => None,
     };
     let lower = local.min(remote);
     let port = if tcp { by_opener.or(by_port) } else { by_port.or(by_opener) }.unwrap_or(lower);
-    match (tcp, state.hints & abi::HINT_QUIC != 0) {
+    match (tcp, hints & abi::HINT_QUIC != 0) {
         (true, _) => Service::Tcp(port),
         (false, true) => Service::Quic(port),
         (false, false) => Service::Udp(port),
     }
 }
 
-fn mute_label(flow: &FlowId, state: &FlowState, service: Service, policy: &Policy) -> Option<String> {
+fn mute_label(delta: &FlowDelta, service: Service, policy: &Policy) -> Option<String> {
+    let flow = &delta.flow;
     let is_ours = |(port, server): &(u16, SocketAddr)| {
         flow.local.port() == *port
             && flow.remote == SocketAddr::new(server.ip().to_canonical(), server.port())
@@ -209,11 +240,11 @@ fn mute_label(flow: &FlowId, state: &FlowState, service: Service, policy: &Polic
     if flow.protocol == abi::IPPROTO_UDP && policy.own.iter().any(is_ours) {
         return Some(ledger::OWN.to_owned());
     }
-    match state.class {
+    match delta.class {
         abi::CLASS_GROUP => Some(ledger::GROUP.to_owned()),
-        abi::CLASS_MUTED => Some(match policy.labels.get(usize::from(state.label)) {
+        abi::CLASS_MUTED => Some(match policy.labels.get(usize::from(delta.label)) {
             Some(label) => label.clone(),
-            None => format!("label-{}", state.label),
+            None => format!("label-{}", delta.label),
         }),
         _ => policy.services.get(&service).map(|name| format!("service:{name}")),
     }
@@ -222,6 +253,7 @@ fn mute_label(flow: &FlowId, state: &FlowState, service: Service, policy: &Polic
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel;
 
     const S: u64 = 1_000_000_000;
 
@@ -233,22 +265,28 @@ mod tests {
         flow("10.0.0.1:40000", "10.0.0.2:9000", abi::IPPROTO_TCP)
     }
 
-    fn state(class: u8, first: u64, burst: u64, last: u64, payload: u64) -> FlowState {
-        FlowState {
-            tx_packets: payload,
-            tx_bytes: payload * 1_040,
-            tx_payload: payload * 1_000,
-            first_ns: first,
-            burst_ns: burst,
-            last_ns: last,
+    fn delta(flow: FlowId, class: u8, first_ns: u64, last_ns: u64, packets: u64) -> FlowDelta {
+        FlowDelta {
+            flow,
+            moved: kernel::Moved {
+                tx_packets: packets,
+                tx_bytes: packets * 1_040,
+                tx_payload: packets * 1_000,
+                ..kernel::Moved::default()
+            },
+            first_ns,
+            last_ns,
+            ifindex: 2,
+            label: 0,
             class,
             opened: abi::OPENED_HERE,
-            ..FlowState::default()
+            tcp_flags: 0,
+            hints: 0,
         }
     }
 
-    fn look(flows: &mut Flows, policy: &Policy, flow: FlowId, state: FlowState, retired: bool) -> Vec<Moved> {
-        flows.observe(&[FlowReading { flow, state, retired }], policy, 1, |_| "eth0".into())
+    fn look(flows: &mut Flows, policy: &Policy, deltas: &mut [FlowDelta]) -> Vec<Moved> {
+        flows.observe(deltas, policy, 1, |_| "eth0".into())
     }
 
     fn only_activity(moved: Vec<Moved>) -> Activity {
@@ -259,69 +297,90 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_moves_what_it_counted_since_the_last_look() {
+    fn what_the_cpus_have_of_a_flow_is_one_flow_opened_by_its_first_packet() {
         let (mut flows, policy) = (Flows::default(), Policy::default());
-        let first =
-            only_activity(look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, S, S, 2 * S, 3), false));
-        assert_eq!((first.traffic.tx_payload, first.first_ns, first.last_ns), (3_000, S, 2 * S));
-        assert_eq!(look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, S, S, 2 * S, 3), false), []);
-        let second =
-            only_activity(look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, S, S, 3 * S, 5), false));
-        assert_eq!((second.traffic.tx_payload, second.first_ns, second.last_ns), (2_000, 2 * S, 3 * S));
+        let answer =
+            FlowDelta { opened: abi::OPENED_THERE, ..delta(copy(), abi::CLASS_LAN, 2 * S, 3 * S, 4) };
+        let question = delta(copy(), abi::CLASS_LAN, S, 2 * S, 3);
+        let moved = look(&mut flows, &policy, &mut [answer, question]);
+        let activities: Vec<_> = moved
+            .iter()
+            .map(|moved| match moved {
+                Moved::Activity(a) => (a.first_ns, a.opened, a.traffic.tx_packets),
+                Moved::Muted(..) => panic!(),
+            })
+            .collect();
+        assert_eq!(activities, [(S, Opened::Here, 3), (2 * S, Opened::Here, 4)]);
+        let (flow, state) = flows.next_moved().unwrap();
+        assert_eq!((flow, state.tx_packets, state.first_ns, state.last_ns), (copy(), 7, S, 3 * S));
+        assert_eq!(flows.next_moved(), None);
     }
 
     #[test]
-    fn after_a_silence_the_activity_begins_with_the_burst_not_with_the_last_look() {
+    fn a_flow_that_got_another_slot_midway_keeps_its_opener_and_protocol() {
         let (mut flows, policy) = (Flows::default(), Policy::default());
-        look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, S, S, 2 * S, 3), false);
-        let burst = look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, S, 9 * S, 10 * S, 5), false);
-        assert_eq!(only_activity(burst).first_ns, 9 * S);
+        let web = flow("10.0.0.1:40000", "198.51.100.10:443", abi::IPPROTO_UDP);
+        let first = FlowDelta { hints: abi::HINT_QUIC, ..delta(web, abi::CLASS_INTERNET, S, S, 1) };
+        look(&mut flows, &policy, &mut [first]);
+        let later =
+            FlowDelta { opened: abi::OPENED_THERE, ..delta(web, abi::CLASS_INTERNET, 2 * S, 2 * S, 1) };
+        let activity = only_activity(look(&mut flows, &policy, &mut [later]));
+        assert_eq!(activity.key, Key::Internet("198.51.100.10".parse().unwrap(), Service::Quic(443)));
+        assert_eq!(activity.opened, Opened::Here);
     }
 
     #[test]
-    fn a_retired_flow_that_comes_back_is_counted_from_zero() {
+    fn silent_flows_are_forgotten_the_sooner_the_more_there_are() {
         let (mut flows, policy) = (Flows::default(), Policy::default());
-        look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, S, S, 2 * S, 3), true);
+        let many: Vec<_> = (0..100_000_u32)
+            .map(|n| {
+                let remote = format!("10.{}.{}.{}:9", n >> 16, n >> 8 & 255, n & 255);
+                delta(flow("10.0.0.1:1", &remote, abi::IPPROTO_UDP), abi::CLASS_LAN, S, S, 1)
+            })
+            .collect();
+        look(&mut flows, &policy, &mut many.clone()[..1_000]);
+        assert_eq!(flows.forget(300 * S).len(), 0);
+        look(&mut flows, &policy, &mut many.clone());
+        assert_eq!(flows.forget(3 * S).len(), 0);
+        assert_eq!(flows.forget(4 * S).len(), 100_000);
         assert!(flows.is_empty());
-        let back = look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, 40 * S, 40 * S, 41 * S, 1), false);
-        assert_eq!(only_activity(back).traffic.tx_payload, 1_000);
+        assert_eq!(flows.next_moved(), None);
     }
 
     #[test]
-    fn a_packet_outside_the_table_that_is_read_late_does_not_count_the_flow_twice() {
+    fn what_cannot_be_remembered_is_taken_in_all_the_same() {
         let (mut flows, policy) = (Flows::default(), Policy::default());
-        look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, 2 * S, 2 * S, 3 * S, 5), false);
-        let packet = FlowReading { flow: copy(), state: state(abi::CLASS_LAN, S, S, S, 1), retired: true };
-        let moved = observe_unstored(&[packet], &policy, |_| "eth0".into());
-        assert_eq!(only_activity(moved).traffic.tx_payload, 1_000);
-        assert_eq!(
-            look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, 2 * S, 2 * S, 3 * S, 5), false),
-            []
-        );
+        let mut many: Vec<_> = (0..MAX_KNOWN as u32 + 10)
+            .map(|n| {
+                let remote = format!("10.{}.{}.{}:9", n >> 16, n >> 8 & 255, n & 255);
+                delta(flow("10.0.0.1:1", &remote, abi::IPPROTO_UDP), abi::CLASS_LAN, S, S, 1)
+            })
+            .collect();
+        assert_eq!(look(&mut flows, &policy, &mut many).len(), MAX_KNOWN + 10);
+        assert_eq!(flows.len(), MAX_KNOWN);
     }
 
     #[test]
     fn lan_is_one_counterpart_and_internet_is_told_apart_by_service() {
         let (mut flows, policy) = (Flows::default(), Policy::default());
-        let lan = only_activity(look(&mut flows, &policy, copy(), state(abi::CLASS_LAN, S, S, S, 1), false));
+        let lan = only_activity(look(&mut flows, &policy, &mut [delta(copy(), abi::CLASS_LAN, S, S, 1)]));
         assert_eq!(lan.key, Key::Lan("10.0.0.2".parse().unwrap()));
         let web = flow("10.0.0.1:40000", "198.51.100.10:443", abi::IPPROTO_UDP);
-        let quic = FlowState { hints: abi::HINT_QUIC, ..state(abi::CLASS_INTERNET, S, S, S, 1) };
-        let web = only_activity(look(&mut flows, &policy, web, quic, false));
+        let quic = FlowDelta { hints: abi::HINT_QUIC, ..delta(web, abi::CLASS_INTERNET, S, S, 1) };
+        let web = only_activity(look(&mut flows, &policy, &mut [quic]));
         assert_eq!(web.key, Key::Internet("198.51.100.10".parse().unwrap(), Service::Quic(443)));
     }
 
     #[test]
     fn the_service_is_the_port_that_was_called() {
-        let tcp = |opened| FlowState { opened, ..FlowState::default() };
         let ssh_in = flow("10.0.0.1:22", "10.0.0.2:50000", abi::IPPROTO_TCP);
-        assert_eq!(service_of(&ssh_in, &tcp(abi::OPENED_THERE)), Service::Tcp(22));
-        assert_eq!(service_of(&ssh_in, &tcp(abi::OPENED_UNKNOWN)), Service::Tcp(22));
+        assert_eq!(service_of(&ssh_in, abi::OPENED_THERE, 0), Service::Tcp(22));
+        assert_eq!(service_of(&ssh_in, abi::OPENED_UNKNOWN, 0), Service::Tcp(22));
         let high = flow("10.0.0.1:8080", "10.0.0.2:5201", abi::IPPROTO_TCP);
-        assert_eq!(service_of(&high, &tcp(abi::OPENED_THERE)), Service::Tcp(8080));
+        assert_eq!(service_of(&high, abi::OPENED_THERE, 0), Service::Tcp(8080));
         // The first packet that was seen of this DNS exchange was the answer.
         let dns = flow("10.0.0.1:50000", "192.0.2.53:53", abi::IPPROTO_UDP);
-        assert_eq!(service_of(&dns, &tcp(abi::OPENED_THERE)), Service::Udp(53));
+        assert_eq!(service_of(&dns, abi::OPENED_THERE, 0), Service::Udp(53));
     }
 
     #[test]
@@ -334,13 +393,13 @@ mod tests {
         let mut flows = Flows::default();
         let mut label = |remote: &str, local: &str, class, packets| {
             let flow = flow(local, remote, abi::IPPROTO_UDP);
-            match look(&mut flows, &policy, flow, state(class, S, S, S, packets), false).as_slice() {
+            match look(&mut flows, &policy, &mut [delta(flow, class, S, S, packets)]).as_slice() {
                 [Moved::Muted(label, traffic, new)] => (label.clone(), traffic.tx_packets, *new),
                 other => panic!("{other:?}"),
             }
         };
         assert_eq!(label("203.0.113.1:9", "10.0.0.1:40000", abi::CLASS_MUTED, 2), ("amazon".into(), 2, 1));
-        assert_eq!(label("203.0.113.1:9", "10.0.0.1:40000", abi::CLASS_MUTED, 5), ("amazon".into(), 3, 0));
+        assert_eq!(label("203.0.113.1:9", "10.0.0.1:40000", abi::CLASS_MUTED, 3), ("amazon".into(), 3, 0));
         assert_eq!(label("10.0.0.53:53", "10.0.0.1:40001", abi::CLASS_LAN, 1), ("service:dns".into(), 1, 1));
         assert_eq!(label("224.0.0.251:5353", "10.0.0.1:5353", abi::CLASS_GROUP, 1), ("group".into(), 1, 1));
         assert_eq!(label("10.0.0.9:7443", "10.0.0.1:7000", abi::CLASS_LAN, 1), ("netmon".into(), 1, 1));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
-use netmon_common::abi::{MAX_FLOWS, Stats};
+use netmon_common::abi::Stats;
 use netmon_common::model::{
     AgentStarted, Coverage, EndReason, Event, Filter, Gap, GapReason, Opened, Service, Traffic,
 };
@@ -16,9 +16,9 @@ use tokio::sync::watch;
 use crate::clock::Now;
 use crate::config::Config;
 use crate::filter::{AtStart, FilterFile};
-use crate::flows::{Flows, Moved, Policy, observe_unstored};
+use crate::flows::{Flows, Moved, Policy};
 use crate::interfaces::Interfaces;
-use crate::kernel::{FlowReading, Kernel};
+use crate::kernel::{FlowDelta, Kernel};
 use crate::ledger::{self, Ledger};
 use crate::links::{Choice, Link};
 use crate::recorder::Recorder;
@@ -33,9 +33,8 @@ const SECOND_NS: u64 = 1_000_000_000;
 const SWEEP_NS: u64 = SECOND_NS / 4;
 /// A new flow brings the next sweep forward, but two sweeps keep at least this distance.
 const EAGER_SWEEP_NS: u64 = SECOND_NS / 20;
-/// "Flow opened" records that are taken in at once: a flood of them must not hold up the loop. What is left waits in the
-/// ring for the next sweep.
-const RECORDS_AT_ONCE: usize = 8_192;
+/// Flows that are shown under `bpftool` in a second, one system call each; the others wait for the next one.
+const SHOWN_AT_ONCE: usize = 1_000;
 /// A sweep that comes this late may have let two bursts run into one.
 const STALLED_NS: u64 = 2 * SECOND_NS;
 
@@ -80,11 +79,7 @@ pub struct Watch {
     policy: Policy,
     transfers: Transfers,
     ledger: Ledger,
-    readings: Vec<FlowReading>,
-    /// Flows in the fuller one of the kernel's two tables at the last sweep.
-    table: usize,
-    /// Wall time since which the tables cannot be read.
-    unreadable_since: Option<i64>,
+    deltas: Vec<FlowDelta>,
     stats: Stats,
     overflowed: u64,
     timers: Timers,
@@ -143,9 +138,7 @@ impl Watch {
             policy: Policy { services, ..Policy::default() },
             transfers: Transfers::default(),
             ledger: Ledger::new(now.wall_ns),
-            readings: Vec::new(),
-            table: 0,
-            unreadable_since: None,
+            deltas: Vec::new(),
             stats: Stats::default(),
             overflowed: 0,
             timers: Timers {
@@ -200,30 +193,23 @@ impl Watch {
         self.timers.next_sweep.min(self.timers.next_second)
     }
 
-    /// The ring has records. The tables hold the same flows with their counters: sweep them soon.
+    /// The ring has records: new flows, whose counters are in the tables, so that these are to be swept soon; or what flows
+    /// that lost their slots had moved.
     pub fn opened(&mut self, now: &Now) {
-        self.take_records();
+        self.kernel.take_records(now.boot_ns, &mut self.deltas);
+        self.take_in_deltas();
         let eager = self.timers.last_sweep + EAGER_SWEEP_NS;
         self.timers.next_sweep = self.timers.next_sweep.min(eager.max(now.boot_ns));
     }
 
-    /// Empties the ring. Flows for which the table had no room are known from their records alone: one packet each,
-    /// as many as the ring took. Too little for sums, enough to name whom this PC talks to while the table is full.
-    fn take_records(&mut self) {
-        let records = std::iter::from_fn(|| self.kernel.next_opened()).take(RECORDS_AT_ONCE);
-        let readings: Vec<FlowReading> =
-            records.filter_map(|record| FlowReading::unstored(&record)).collect();
-        if !readings.is_empty() {
-            self.update_own();
-            let moved = observe_unstored(&readings, &self.policy, |index| self.interfaces.name(index));
-            self.take_in(moved);
+    fn take_in_deltas(&mut self) {
+        if self.deltas.is_empty() {
+            return;
         }
-    }
-
-    fn take_in_sweep(&mut self, readings: &[FlowReading]) {
         self.update_own();
         let name = |index| self.interfaces.name(index);
-        let moved = self.flows.observe(readings, &self.policy, self.ledger.period(), name);
+        let moved = self.flows.observe(&mut self.deltas, &self.policy, self.ledger.period(), name);
+        self.deltas.clear();
         self.take_in(moved);
     }
 
@@ -252,6 +238,7 @@ impl Watch {
             self.interfaces.retry(now, &mut self.kernel, &mut self.recorder);
             self.refill_if_changed();
             self.record_losses(now);
+            self.show_flows(now);
             self.write_status(now);
         }
         if now.boot_ns >= self.timers.next_muted {
@@ -276,35 +263,25 @@ impl Watch {
         }
         self.timers.last_sweep = now.boot_ns;
         self.timers.next_sweep = now.boot_ns + SWEEP_NS;
-        // Also without a wake-up: a lost one must not leave the ring full for ever.
-        self.take_records();
-        let mut readings = std::mem::take(&mut self.readings);
-        readings.clear();
-        let retire_after_ns = retire_after_ns(self.table);
-        match self.kernel.sweep(now.boot_ns, retire_after_ns, &mut readings) {
-            Ok(()) => {
-                let ipv4 = readings.iter().filter(|reading| reading.flow.local.is_ipv4()).count();
-                self.table = ipv4.max(readings.len() - ipv4);
-                if let Some(from_wall_ns) = self.unreadable_since.take() {
-                    let (reason, to_wall_ns) = (GapReason::TablesUnreadable, now.wall_ns);
-                    let gap = Gap { reason, from_wall_ns, to_wall_ns, count: None };
-                    self.recorder.record(now, Event::Gap(gap));
-                }
-                self.take_in_sweep(&readings);
-                // Only now is it known what moved until `now`.
-                self.transfers.handle_timeout(now.boot_ns);
-            }
-            Err(error) => {
-                self.take_in_sweep(&readings);
-                if self.unreadable_since.is_none() {
-                    self.unreadable_since = Some(now.wall_ns);
-                    let error = &error as &dyn std::error::Error;
-                    tracing::error!(error, "cannot read the kernel's flow tables, trying again");
-                }
-            }
-        }
-        self.readings = readings;
+        self.kernel.sweep(now.boot_ns, &mut self.deltas);
+        self.take_in_swept(now);
+    }
+
+    fn take_in_swept(&mut self, now: &Now) {
+        self.take_in_deltas();
+        // Only now is it known what moved until `now`.
+        self.transfers.handle_timeout(now.boot_ns);
         self.record_transfers(now);
+    }
+
+    fn show_flows(&mut self, now: &Now) {
+        for flow in self.flows.forget(now.boot_ns) {
+            self.kernel.hide(&flow);
+        }
+        for _ in 0..SHOWN_AT_ONCE {
+            let Some((flow, state)) = self.flows.next_moved() else { break };
+            self.kernel.show(&flow, &state);
+        }
     }
 
     fn record_transfers(&mut self, now: &Now) {
@@ -332,19 +309,9 @@ impl Watch {
 
     /// Every loss since the last second becomes a gap with its count.
     fn record_losses(&mut self, now: &Now) {
-        let stats = match self.kernel.stats() {
-            Ok(stats) => stats,
-            Err(error) => {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "cannot read the kernel's counters"
-                );
-                return;
-            }
-        };
+        let stats = self.kernel.stats();
         let losses = [
             (GapReason::FlowTableFull, stats.table_full - self.stats.table_full),
-            (GapReason::RingFull, stats.ring_full - self.stats.ring_full),
             (GapReason::TransferTableFull, std::mem::take(&mut self.overflowed)),
         ];
         self.stats = stats;
@@ -497,7 +464,11 @@ impl Watch {
 
     /// Ends in good order: what goes on is ended, everything is summed and recorded, the hooks are free again.
     pub fn stop(mut self, now: &Now) {
-        self.sweep(now);
+        if let Err(error) = self.kernel.detach_all() {
+            tracing::error!(error = &error as &dyn std::error::Error, "cannot detach from an interface");
+        }
+        self.kernel.sweep_all(now.boot_ns, &mut self.deltas);
+        self.take_in_swept(now);
         self.transfers.end_all(EndReason::AgentStopped);
         self.record_transfers(now);
         self.record_muted(now);
@@ -512,20 +483,6 @@ impl Watch {
         }
     }
 }
-
-/// How long a flow is kept after its last packet, by the number of flows in its table. A flow that comes back later is a
-/// new one, and a connection's opener and protocol are told by its first packets: keep it while there is room. A table
-/// that fills up (a scan, a flood) must have room for what really moves.
-fn retire_after_ns(table: usize) -> u64 {
-    match table {
-        0..2_048 => 300 * SECOND_NS,
-        2_048..16_384 => 30 * SECOND_NS,
-        16_384..MAX_FLOWS_HALF => 10 * SECOND_NS,
-        _ => 3 * SECOND_NS,
-    }
-}
-
-const MAX_FLOWS_HALF: usize = MAX_FLOWS / 2;
 
 /// `/proc/sys/kernel/random/boot_id`; zeros where it cannot be read.
 fn boot_id() -> [u8; 16] {

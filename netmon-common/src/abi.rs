@@ -4,13 +4,22 @@
 //! refuse what it does not know. Field names are a user interface: `bpftool map dump name nm_flows4` prints
 //! them. All integers are in host byte order; addresses are in network byte order as they stand on the wire.
 
-use core::mem::size_of;
+use core::mem::{offset_of, size_of};
 
 /// Names of the maps as the kernel and `bpftool` know them (the kernel keeps 15 characters).
 pub mod maps {
-    /// Flow table, IPv4: [`super::Flow4Key`] → [`super::FlowState`].
+    /// Flow table, IPv4: array of [`super::Set4`], each CPU's sets one after the other.
+    pub const TABLE4: &str = "nm_table4";
+    /// Flow table, IPv6: array of [`super::Set6`].
+    pub const TABLE6: &str = "nm_table6";
+    /// When a region of a table was last written to: array of boot times in nanoseconds; IPv4's regions, then IPv6's.
+    pub const TOUCHED: &str = "nm_touched";
+    /// Ports of datagrams whose first fragment was seen (LRU hash): [`super::FragmentKey`] → [`super::FragmentPorts`].
+    pub const FRAGMENTS: &str = "nm_fragments";
+    /// The agent's sums over all CPUs, for people, IPv4: [`super::Flow4Key`] → [`super::FlowState`]. The programs do
+    /// not know this map.
     pub const FLOWS4: &str = "nm_flows4";
-    /// Flow table, IPv6: [`super::Flow6Key`] → [`super::FlowState`].
+    /// The agent's sums over all CPUs, for people, IPv6: [`super::Flow6Key`] → [`super::FlowState`].
     pub const FLOWS6: &str = "nm_flows6";
     /// Prefixes that count as the private network, IPv4 (LPM trie) → [`super::PrefixValue`].
     pub const LAN4: &str = "nm_lan4";
@@ -20,9 +29,9 @@ pub mod maps {
     pub const MUTE4: &str = "nm_mute4";
     /// Muted prefixes of `ip.txt`, IPv6 (LPM trie) → [`super::PrefixValue`].
     pub const MUTE6: &str = "nm_mute6";
-    /// Ring buffer of [`super::FlowOpened`].
+    /// Ring buffer of [`super::FlowOpened`] and [`super::Evicted`], told apart by their lengths.
     pub const EVENTS: &str = "nm_events";
-    /// Per-CPU array with one [`super::Stats`].
+    /// Array with one [`super::CpuStats`] for each CPU.
     pub const STATS: &str = "nm_stats";
     /// Array with one [`super::Config`].
     pub const CONFIG: &str = "nm_config";
@@ -45,14 +54,25 @@ pub mod programs {
 /// A flow is in a new burst when its last packet is this old: the two seconds of silence that end a transfer.
 pub const SILENCE_NS: u64 = 2_000_000_000;
 
-/// Entries in each of the two flow tables. A PC has some hundreds of flows; 65,536 leave room for a port scan.
+/// Slots in each of the two flow tables, over all CPUs (8 MiB each). A PC has some hundreds of flows; what finds no
+/// slot takes that of the flow that was silent for longest, whose counts are handed over.
 pub const MAX_FLOWS: usize = 65_536;
+/// Slots in a set. A flow may be in any slot of the one set that its hash names.
+pub const WAYS: usize = 4;
+/// Sets in a region, the unit in which the agent looks for changes.
+pub const REGION_SETS: usize = 16;
+/// Datagrams whose fragments are followed at a time.
+pub const MAX_FRAGMENTS: usize = 4_096;
+/// Flows that `nm_flows4` and `nm_flows6` show.
+pub const MAX_SHOWN: usize = 16_384;
+/// CPUs, unless the loader says how many there can be.
+pub const MAX_CPUS: usize = 1_024;
 /// Entries in each trie of `ip.txt` prefixes.
 pub const MAX_MUTED_PREFIXES: usize = 65_536;
 /// Entries in each trie of private prefixes.
 pub const MAX_LAN_PREFIXES: usize = 1_024;
-/// Size of the ring buffer in bytes (a power of two and a multiple of the page size): 8,192 records.
-pub const RING_BYTES: usize = 1 << 20;
+/// Size of the ring buffer in bytes (a power of two and a multiple of the page size): 29,000 evicted flows.
+pub const RING_BYTES: usize = 1 << 22;
 
 /// IP protocol number of TCP (RFC 9293).
 pub const IPPROTO_TCP: u8 = 6;
@@ -95,7 +115,8 @@ pub struct Flow6Key {
     pub pad: [u8; 3],
 }
 
-/// What the kernel knows of one flow. Counters only grow; `tx` leaves this PC, `rx` arrives.
+/// A flow over all CPUs, as `bpftool map dump name nm_flows4` shows it. Counters only grow; `tx` leaves this PC, `rx`
+/// arrives.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlowState {
@@ -112,14 +133,10 @@ pub struct FlowState {
     pub rx_bytes: u64,
     /// Bytes received behind the TCP or UDP header.
     pub rx_payload: u64,
-    /// First packet, boot clock, nanoseconds (`bpf_ktime_get_boot_ns`, kernel 5.8).
+    /// First packet, boot clock, nanoseconds.
     pub first_ns: u64,
-    /// First packet after the latest silence of [`SILENCE_NS`]; equals `first_ns` in the first burst.
-    pub burst_ns: u64,
-    /// Last packet, boot clock, nanoseconds.
+    /// Last packet, boot clock, nanoseconds; in steps of [`TICK_NS`].
     pub last_ns: u64,
-    /// [`Config::generation`] under which `class` and `label` were looked up.
-    pub generation: u32,
     /// Interface that saw the first packet.
     pub ifindex: u32,
     /// Label of the muted prefix (index into the agent's label list); 0 unless `class` is [`CLASS_MUTED`].
@@ -133,7 +150,175 @@ pub struct FlowState {
     /// `HINT_` bits.
     pub hints: u8,
     /// Always zero.
+    pub pad: [u8; 6],
+}
+
+/// Unit of [`Counts::last_tick`], nanoseconds: 2^20, a good millisecond. 32 bits of it are 52 days.
+pub const TICK_NS: u64 = 1 << TICK_SHIFT;
+/// Nanoseconds of the boot clock, shifted right by this, are ticks.
+pub const TICK_SHIFT: u32 = 20;
+
+/// The end of a slot's key, and what was seen in the packets' headers. One word of eight bytes.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ports {
+    /// This PC's port; 0 for a later fragment of a datagram whose first one was not seen.
+    pub local_port: u16,
+    /// The counterpart's port; 0 as above.
+    pub remote_port: u16,
+    /// [`IPPROTO_TCP`] or [`IPPROTO_UDP`].
+    pub protocol: u8,
+    /// All TCP flags seen so far, both directions (RFC 9293, section 3.1).
+    pub tcp_flags: u8,
+    /// `HINT_` bits.
+    pub hints: u8,
+    /// One of the `CLASS_` constants.
+    pub class: u8,
+}
+
+/// What a slot counts. With the key these are the 64 bytes that a packet writes to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// As in [`FlowState`].
+    pub tx_bytes: u64,
+    /// As in [`FlowState`].
+    pub rx_bytes: u64,
+    /// As in [`FlowState`].
+    pub tx_payload: u64,
+    /// As in [`FlowState`].
+    pub rx_payload: u64,
+    /// Last packet, boot clock, in ticks of [`TICK_NS`]; wraps.
+    pub last_tick: u32,
+    /// [`Config::generation`] (its low half) under which `class` and `label` were looked up.
+    pub generation: u16,
+    /// Label of the muted prefix; 0 unless the class is [`CLASS_MUTED`].
+    pub label: u16,
+    /// As in [`FlowState`], but wraps: read it more often than every 4 billion packets. Written last, together with
+    /// `rx_packets` one word of eight bytes: who reads this word first and the others then has at least all of these
+    /// packets' bytes.
+    pub tx_packets: u32,
+    /// As `tx_packets`.
+    pub rx_packets: u32,
+}
+
+/// Where a flow in a slot comes from, and how much of it was read.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Life {
+    /// Grows by one with every flow that gets this slot. 0: the slot is empty, or about to change hands.
+    pub incarnation: u32,
+    /// Interface that saw the first packet.
+    pub ifindex: u32,
+    /// First packet, boot clock, nanoseconds.
+    pub first_ns: u64,
+    /// First packet after the latest silence of [`SILENCE_NS`]; equals `first_ns` in the first burst.
+    pub burst_ns: u64,
+    /// One of the `OPENED_` constants.
+    pub opened: u8,
+    /// Always zero.
+    pub pad: [u8; 3],
+    /// Written by the agent: the incarnation that it has read, after `read_packets`.
+    pub read_incarnation: u32,
+    /// Written by the agent: [`Counts::tx_packets`] as it has read them.
+    pub read_tx_packets: u32,
+    /// Written by the agent: [`Counts::rx_packets`] as it has read them.
+    pub read_rx_packets: u32,
+}
+
+/// One IPv4 flow in one CPU's table: only programs on this CPU write to it, one at a time, but for the three fields
+/// of [`Life`] that are the agent's.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slot4 {
+    /// This PC's address.
+    pub local_addr: [u8; 4],
+    /// The counterpart's address.
+    pub remote_addr: [u8; 4],
+    /// The rest of the key.
+    pub ports: Ports,
+    /// What is counted.
+    pub counts: Counts,
+    /// Beginning, and what was read.
+    pub life: Life,
+    /// Always zero.
+    pub pad: [u64; 3],
+}
+
+/// One IPv6 flow in one CPU's table; see [`Slot4`].
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slot6 {
+    /// This PC's address.
+    pub local_addr: [u8; 16],
+    /// The counterpart's address.
+    pub remote_addr: [u8; 16],
+    /// The rest of the key.
+    pub ports: Ports,
+    /// What is counted.
+    pub counts: Counts,
+    /// Beginning, and what was read.
+    pub life: Life,
+}
+
+/// Element of `nm_table4`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Set4 {
+    /// In no order.
+    pub slots: [Slot4; WAYS],
+}
+
+/// Element of `nm_table6`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Set6 {
+    /// In no order.
+    pub slots: [Slot6; WAYS],
+}
+
+/// Words of eight bytes in a slot.
+pub const SLOT_WORDS: usize = 16;
+
+/// Ring buffer record: a flow lost its slot to another one before the agent had read all of it. Submitted before the
+/// slot changes hands.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Evicted {
+    /// Number of the slot in its table: the set's number times [`WAYS`], plus its place in the set.
+    pub slot: u32,
+    /// 4 or 6.
+    pub family: u32,
+    /// The [`Slot4`] or [`Slot6`], with all that was counted in this incarnation.
+    pub words: [u64; SLOT_WORDS],
+}
+
+/// A datagram in fragments (RFC 791, section 3.2; RFC 8200, section 4.5).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FragmentKey {
+    /// Sender; IPv4 in the first four bytes, rest zero.
+    pub source: [u8; 16],
+    /// Receiver.
+    pub destination: [u8; 16],
+    /// Identification, as on the wire.
+    pub id: u32,
+    /// IP protocol.
+    pub protocol: u8,
+    /// 4 or 6.
+    pub family: u8,
+    /// Always zero.
     pub pad: [u8; 2],
+}
+
+/// The ports in a datagram's first fragment.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FragmentPorts {
+    /// Sender's.
+    pub source: u16,
+    /// Receiver's.
+    pub destination: u16,
 }
 
 /// The counterpart is in a private network.
@@ -154,11 +339,12 @@ pub const OPENED_THERE: u8 = 2;
 
 /// The first UDP payload starts like a QUIC long header with version 1 or 2 (RFC 9000 17.2, RFC 9369 3.1).
 pub const HINT_QUIC: u8 = 1;
-/// Non-first fragments are among the packets (they carry no ports; their key has ports 0).
+/// Later fragments are among the packets. They carry no ports: they are counted with those of their first fragment, or
+/// with ports 0 when that one was not seen before them.
 pub const HINT_FRAGMENTS: u8 = 2;
 
-/// Ring buffer record: a flow's first packet was seen. While the flow table is full, every packet of a flow outside
-/// of it is a first packet.
+/// Ring buffer record: a flow got a slot. Not written when that flow's slot had to be taken from another one that was
+/// not read yet, nor when the ring is half full: the flow is counted all the same, and found by the next sweep.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowOpened {
@@ -170,10 +356,8 @@ pub struct FlowOpened {
     pub first_ns: u64,
     /// L3 bytes of the first packet.
     pub bytes: u32,
-    /// Of `bytes`, those in front of the payload: IP, TCP and UDP headers of the first packet.
-    pub header_bytes: u16,
-    /// Packets on the wire that the first packet stands for: above 1 for a GSO or GRO super-packet.
-    pub packets: u16,
+    /// Of `bytes`, those behind the TCP or UDP header.
+    pub payload: u32,
     /// Interface that saw the first packet.
     pub ifindex: u32,
     /// Local port.
@@ -192,27 +376,12 @@ pub struct FlowOpened {
     pub opened: u8,
     /// `HINT_` bits.
     pub hints: u8,
-    /// [`STORED`], [`NOT_STORED_TX`] or [`NOT_STORED_RX`].
-    pub stored: u8,
+    /// Always zero.
+    pub pad: u8,
 }
-
-impl FlowOpened {
-    /// Bytes behind the TCP or UDP header of the first packet.
-    pub fn payload(&self) -> u32 {
-        self.bytes.saturating_sub(self.header_bytes.into())
-    }
-}
-
-/// The flow has an entry in the flow table, and the first packet is counted there.
-pub const STORED: u8 = 1;
-/// The flow table had no room for a packet that leaves this PC: it is counted in [`Stats::table_full`], and this
-/// record is all that is known of it.
-pub const NOT_STORED_TX: u8 = 2;
-/// As [`NOT_STORED_TX`], of a packet that arrived.
-pub const NOT_STORED_RX: u8 = 3;
 
 /// What happened to the frames that reached the hooks. `seen` equals the sum of `counted` and all refusals
-/// except `ring_full` (a flow whose record did not fit in the ring is still counted in the table).
+/// except `ring_full` (a flow that was not announced is counted in the table).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -234,13 +403,29 @@ pub struct Stats {
     pub malformed: u64,
     /// Frame bytes of `malformed`.
     pub malformed_bytes: u64,
-    /// Frames of flows for which the flow table had no room.
+    /// Frames of flows that got no slot: all of their set held counts that the agent had not read, and the ring had no
+    /// room to hand them over.
     pub table_full: u64,
     /// L3 bytes of `table_full`.
     pub table_full_bytes: u64,
-    /// "Flow opened" records of flows in the table that did not fit into the ring buffer. Frames of flows outside the
-    /// table are in `table_full`, whether their record did fit or not.
+    /// "Flow opened" records that were not written because the ring was half full. Nothing is lost but the wake-up.
     pub ring_full: u64,
+}
+
+/// One CPU's [`Stats`] and its clock.
+#[repr(C, align(128))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuStats {
+    /// What happened to the frames on this CPU.
+    pub stats: Stats,
+    /// `clock_ns` was read in this jiffy.
+    pub clock_jiffies: u64,
+    /// Boot clock, nanoseconds (`bpf_ktime_get_boot_ns`, kernel 5.8): read once a jiffy, when a packet comes.
+    pub clock_ns: u64,
+    /// When this CPU last woke the agent, boot clock, nanoseconds.
+    pub woken_ns: u64,
+    /// Always zero.
+    pub pad: u64,
 }
 
 /// What the agent tells the programs.
@@ -249,9 +434,18 @@ pub struct Stats {
 pub struct Config {
     /// Grows whenever the tries were refilled; a flow with an older generation is classified again.
     pub generation: u32,
+    /// Sets that each CPU has in each table, a multiple of [`REGION_SETS`].
+    pub sets: u32,
+    /// Regions that each table has, over all CPUs.
+    pub regions: u32,
     /// Always zero.
     pub pad: u32,
+    /// Random numbers that make it unknown which flows share a set.
+    pub hash_keys: [u64; HASH_KEYS],
 }
+
+/// Words of four bytes in an IPv6 slot's key.
+pub const HASH_KEYS: usize = 10;
 
 /// What a prefix in a trie stands for.
 #[repr(C)]
@@ -265,10 +459,17 @@ pub struct PrefixValue {
 
 const _: () = assert!(size_of::<Flow4Key>() == 16);
 const _: () = assert!(size_of::<Flow6Key>() == 40);
-const _: () = assert!(size_of::<FlowState>() == 88);
+const _: () = assert!(size_of::<FlowState>() == 80);
+const _: () = assert!(size_of::<Slot4>() == 128 && size_of::<Slot6>() == 128);
+const _: () = assert!(size_of::<Slot4>() == SLOT_WORDS * 8);
+const _: () = assert!(offset_of!(Slot4, life) == 64);
+const _: () = assert!(size_of::<Evicted>() == 136);
+const _: () = assert!(size_of::<FragmentKey>() == 40);
+const _: () = assert!(size_of::<FragmentPorts>() == 4);
 const _: () = assert!(size_of::<FlowOpened>() == 64);
 const _: () = assert!(size_of::<Stats>() == 96);
-const _: () = assert!(size_of::<Config>() == 8);
+const _: () = assert!(size_of::<CpuStats>() == 128);
+const _: () = assert!(size_of::<Config>() == 96);
 const _: () = assert!(size_of::<PrefixValue>() == 4);
 
 #[cfg(feature = "aya")]
@@ -282,5 +483,5 @@ mod pod {
             unsafe impl aya::Pod for $t {}
         )*};
     }
-    pod!(Flow4Key, Flow6Key, FlowState, Stats, Config, PrefixValue);
+    pod!(Flow4Key, Flow6Key, FlowState, Slot4, Slot6, Set4, Set6, CpuStats, Config, PrefixValue);
 }

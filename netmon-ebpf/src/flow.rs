@@ -1,24 +1,34 @@
-//! The flow table. An entry is shared by all CPUs: counters are added atomically, the rest is overwritten by
-//! whoever comes last, which is as good as any order when two packets arrive at the same time.
+//! The flow table: sets of four slots in an array that the agent maps into its memory, a part of it for each CPU.
+//!
+//! A slot has one writer, the CPU that its part belongs to, so nothing is locked and no counter is atomic; the agent adds
+//! up what the CPUs have. Nothing is ever removed: a new flow takes the slot of the set's longest silent one. What the
+//! agent has not read of that one is handed over through the ring first; without room there, the new flow's packet is
+//! refused and counted as such. So every packet is in a slot, in the ring, or among the refused.
+//!
+//! The order of writes is what the agent's reading without locks rests on (`netmon-agent`, kernel/table.rs). It holds
+//! where stores become visible in program order, as on x86-64.
 
 use core::arch::asm;
 
-use aya_ebpf::helpers::generated::{bpf_ktime_get_boot_ns, bpf_ringbuf_query};
+use aya_ebpf::helpers::generated::bpf_ringbuf_query;
 use netmon_common::abi::{
-    CLASS_GROUP, Flow4Key, Flow6Key, FlowOpened, FlowState, HINT_FRAGMENTS, HINT_QUIC, IPPROTO_UDP,
-    NOT_STORED_RX, NOT_STORED_TX, OPENED_HERE, OPENED_THERE, OPENED_UNKNOWN, RING_BYTES, SILENCE_NS, STORED,
+    CLASS_GROUP, Evicted, FlowOpened, HINT_FRAGMENTS, HINT_QUIC, IPPROTO_UDP, OPENED_HERE,
+    OPENED_THERE, OPENED_UNKNOWN, REGION_SETS, RING_BYTES, SILENCE_NS, SLOT_WORDS, TICK_NS,
+    TICK_SHIFT, WAYS,
 };
 
 use crate::{
-    classify::{self, Class},
+    classify::Class,
+    cpu::Cpu,
     frame::Frame,
-    maps::{CONFIG, EVENTS, FLOWS4, FLOWS6},
-    parse::{Packet, looks_like_quic},
-    stats,
+    key::{Key, Slot},
+    maps::{CONFIG, EVENTS, TOUCHED},
+    parse::{Measure, looks_like_quic},
 };
 
 /// The hook tells it.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
 pub enum Direction {
     /// Leaves this PC.
     Sent,
@@ -27,15 +37,6 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// (source, destination) → (local, remote).
-    #[inline(always)]
-    fn sides<T>(self, source: T, destination: T) -> (T, T) {
-        match self {
-            Self::Sent => (source, destination),
-            Self::Received => (destination, source),
-        }
-    }
-
     /// Who opened a flow whose first packet was sent by the opener (or by the other side).
     #[inline(always)]
     fn opened(self, by_sender: bool) -> u8 {
@@ -43,212 +44,302 @@ impl Direction {
     }
 }
 
-/// Counts a packet in its flow. False: the table has no room for it.
+/// Silence in ticks, as `Counts::last_tick` is.
+const SILENCE_TICKS: u32 = (SILENCE_NS / TICK_NS) as u32;
+
+/// Keeps the compiler from moving writes from one side of it to the other.
 #[inline(always)]
-pub fn count<F: Frame>(frame: &F, packet: &Packet, direction: Direction) -> bool {
-    let (local_port, remote_port) = direction.sides(packet.source_port, packet.destination_port);
-    let (local, remote) = direction.sides(&packet.source, &packet.destination);
-    let protocol = packet.protocol;
-    if packet.family == 4 {
-        let key = Flow4Key {
-            local_addr: [local[0], local[1], local[2], local[3]],
-            remote_addr: [remote[0], remote[1], remote[2], remote[3]],
-            local_port,
-            remote_port,
-            protocol,
-            pad: [0; 3],
-        };
-        count_in(frame, packet, direction, &key)
-    } else {
-        let key = Flow6Key {
-            local_addr: *local,
-            remote_addr: *remote,
-            local_port,
-            remote_port,
-            protocol,
-            pad: [0; 3],
-        };
-        count_in(frame, packet, direction, &key)
-    }
+fn barrier() {
+    // SAFETY: no instruction.
+    unsafe { asm!("", options(nostack, preserves_flags)) };
 }
 
+/// Counts a packet in its flow. False: it was refused.
 #[inline(always)]
-fn count_in<F: Frame, K: Key>(frame: &F, packet: &Packet, direction: Direction, key: &K) -> bool {
-    let mut state = key.find();
-    if state.is_none() {
-        match open(frame, packet, direction, key) {
-            Added::Stored => return true,
-            Added::NoRoom => return false,
-            Added::WasThere => state = key.find(),
-        }
-    }
-    match state {
-        Some(state) => {
-            update(state, frame, packet, direction, key);
-            true
-        }
-        // Another CPU was first with a packet of this flow, and the agent has removed the entry since.
-        None => false,
-    }
-}
-
-/// What became of a new entry.
-#[repr(u32)]
-enum Added {
-    Stored,
-    WasThere,
-    NoRoom,
-}
-
-/// A flow's first packet. Its own subprogram: it happens once a flow and needs much stack.
-#[inline(never)]
-fn open<F: Frame, K: Key>(frame: &F, packet: &Packet, direction: Direction, key: &K) -> Added {
-    let state = first(frame, packet, direction, key);
-    match key.add(&state) {
-        Ok(()) => {
-            announce(frame, key, &state, packet, STORED);
-            Added::Stored
-        }
-        Err(EEXIST) => Added::WasThere,
-        Err(_) => {
-            let stored = match direction {
-                Direction::Sent => NOT_STORED_TX,
-                Direction::Received => NOT_STORED_RX,
-            };
-            announce(frame, key, &state, packet, stored);
-            Added::NoRoom
-        }
-    }
-}
-
-const EEXIST: i32 = -17;
-
-/// The only clock of the hot path (`CLOCK_BOOTTIME`; helper since kernel 5.8).
-#[inline(always)]
-fn now_ns() -> u64 {
-    // SAFETY: the helper takes no arguments.
-    unsafe { bpf_ktime_get_boot_ns() }
-}
-
-#[inline(always)]
-fn generation() -> u32 {
-    CONFIG.get(0).map_or(0, |config| config.generation)
-}
-
-/// The state after a flow's first packet.
-#[inline(always)]
-fn first<F: Frame, K: Key>(frame: &F, packet: &Packet, direction: Direction, key: &K) -> FlowState {
-    let (now, generation) = (now_ns(), generation());
-    let Class { class, label } = key.classify(packet.group_frame);
-    let (packets, bytes, payload) =
-        (u64::from(frame.segments()), u64::from(packet.l3_bytes), u64::from(packet.payload));
-    let mut state = FlowState {
-        first_ns: now,
-        burst_ns: now,
-        last_ns: now,
-        generation,
-        ifindex: frame.ifindex(),
-        label,
-        class,
-        opened: opened(packet, direction),
-        tcp_flags: packet.tcp_flags,
-        hints: if packet.fragment { HINT_FRAGMENTS } else { 0 },
-        ..FlowState::default()
+pub fn count<F: Frame, K: Key>(
+    cpu: Cpu,
+    frame: &F,
+    key: &K,
+    measure: &Measure,
+    direction: Direction,
+) -> bool {
+    let Some(config) = CONFIG.get_ptr(0) else {
+        return false;
     };
-    if looks_like_quic(frame, packet) {
-        state.hints |= HINT_QUIC;
-    }
-    match direction {
-        Direction::Sent => {
-            state.tx_packets = packets;
-            state.tx_bytes = bytes;
-            state.tx_payload = payload;
+    // SAFETY: entry 0 of an array with one entry is there as long as the program is.
+    let (sets, regions, generation) =
+        unsafe { ((*config).sets, (*config).regions, (*config).generation as u16) };
+    // SAFETY: as above.
+    let hash = key.hash(unsafe { &(*config).hash_keys });
+    let in_part = ((u64::from(hash) * u64::from(sets)) >> 32) as u32;
+    let index = cpu.number * sets + in_part;
+    let Some(set) = K::set(index) else {
+        return false;
+    };
+    let now_ns = cpu.now_ns();
+    touch(K::FIRST_REGION * regions + index / REGION_SETS as u32, now_ns);
+    for way in 0..WAYS {
+        // SAFETY: a set has this many slots.
+        let slot = unsafe { set.add(way) };
+        if key.is_in(slot) {
+            update(slot, frame, key, measure, direction, now_ns, generation);
+            return true;
         }
-        Direction::Received => {
-            state.rx_packets = packets;
-            state.rx_bytes = bytes;
-            state.rx_payload = payload;
-        }
     }
-    state
+    take_slot(cpu.number, frame, key, measure, index << 1 | direction as u32)
 }
 
-/// Adds a packet to a flow that is in the table.
+/// Tells the agent where to look.
+#[inline(always)]
+fn touch(region: u32, now_ns: u64) {
+    if let Some(touched) = TOUCHED.get_ptr_mut(region) {
+        // SAFETY: the map gave the pointer; a region belongs to one CPU.
+        unsafe {
+            if *touched != now_ns {
+                *touched = now_ns;
+            }
+        }
+    }
+}
+
+/// Adds a packet to a flow that has a slot.
 #[inline(always)]
 fn update<F: Frame, K: Key>(
-    state: *mut FlowState,
+    slot: *mut K::Slot,
     frame: &F,
-    packet: &Packet,
-    direction: Direction,
     key: &K,
+    measure: &Measure,
+    direction: Direction,
+    now_ns: u64,
+    generation: u16,
 ) {
-    let (now, generation) = (now_ns(), generation());
-    // SAFETY: the map gave the pointer, and its entries stay readable and writable until the program ends, even
-    // when the agent removes one meanwhile. Only raw places are read and written: other CPUs do the same.
+    let (ports, counts) = (K::Slot::ports(slot), K::Slot::counts(slot));
+    // SAFETY: the map gave the pointer, and this CPU is the only writer.
     unsafe {
-        let last = (*state).last_ns;
-        // Another CPU may have stored a later time already.
-        if now > last {
-            if now - last >= SILENCE_NS {
-                (*state).burst_ns = now;
+        let tick = (now_ns >> TICK_SHIFT) as u32;
+        let last = (*counts).last_tick;
+        if tick != last {
+            (*counts).last_tick = tick;
+            if tick.wrapping_sub(last) >= SILENCE_TICKS {
+                (*K::Slot::life(slot)).burst_ns = now_ns;
             }
-            (*state).last_ns = now;
         }
 
-        let mut hints = (*state).hints;
-        if packet.payload > 0
-            && (*state).tx_payload | (*state).rx_payload == 0
-            && looks_like_quic(frame, packet)
+        let mut hints = 0;
+        if measure.protocol == IPPROTO_UDP
+            && measure.payload > 0
+            && (*counts).tx_payload | (*counts).rx_payload == 0
+            && looks_like_quic(frame, measure)
         {
-            hints |= HINT_QUIC;
+            hints = HINT_QUIC;
         }
-        if packet.fragment {
+        if measure.later_fragment {
             hints |= HINT_FRAGMENTS;
         }
-        if hints != (*state).hints {
-            (*state).hints = hints;
+        if hints & !(*ports).hints != 0 {
+            (*ports).hints |= hints;
         }
-        let flags = (*state).tcp_flags | packet.tcp_flags;
-        if flags != (*state).tcp_flags {
-            (*state).tcp_flags = flags;
+        if measure.tcp_flags & !(*ports).tcp_flags != 0 {
+            (*ports).tcp_flags |= measure.tcp_flags;
         }
 
         // One frame to a link-layer group must not hide the unicast traffic that follows it.
-        let was_group = (*state).class == CLASS_GROUP && !packet.group_frame;
-        if (*state).generation != generation || was_group {
-            let Class { class, label } = key.classify(packet.group_frame);
-            (*state).class = class;
-            (*state).label = label;
-            (*state).generation = generation;
+        let was_group = (*ports).class == CLASS_GROUP && !measure.group_frame;
+        if (*counts).generation != generation || was_group {
+            let Class { class, label } = key.classify(measure.group_frame);
+            (*ports).class = class;
+            (*counts).label = label;
+            (*counts).generation = generation;
         }
 
-        let (packets, bytes, payload) = match direction {
+        let segments = frame.segments();
+        match direction {
             Direction::Sent => {
-                (&raw mut (*state).tx_packets, &raw mut (*state).tx_bytes, &raw mut (*state).tx_payload)
+                (*counts).tx_bytes += u64::from(measure.l3_bytes);
+                (*counts).tx_payload += u64::from(measure.payload);
+                barrier();
+                (*counts).tx_packets = (*counts).tx_packets.wrapping_add(segments);
             }
             Direction::Received => {
-                (&raw mut (*state).rx_packets, &raw mut (*state).rx_bytes, &raw mut (*state).rx_payload)
+                (*counts).rx_bytes += u64::from(measure.l3_bytes);
+                (*counts).rx_payload += u64::from(measure.payload);
+                barrier();
+                (*counts).rx_packets = (*counts).rx_packets.wrapping_add(segments);
             }
-        };
-        add(packets, u64::from(frame.segments()));
-        add(bytes, u64::from(packet.l3_bytes));
-        if packet.payload > 0 {
-            add(payload, u64::from(packet.payload));
         }
     }
+}
+
+/// Gives a flow a slot, with its first packet. False: none could be had.
+///
+/// Its own subprogram: it happens once a flow. `place` is the set's number and, in the lowest bit, the direction: a
+/// subprogram takes five arguments.
+#[inline(never)]
+fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, place: u32) -> bool {
+    let (index, direction) =
+        (place >> 1, if place & 1 == 0 { Direction::Sent } else { Direction::Received });
+    let Some(cpu) = Cpu::of(cpu) else {
+        return false;
+    };
+    let (Some(set), Some(config)) = (K::set(index), CONFIG.get_ptr(0)) else {
+        return false;
+    };
+    // The first packet of all tells who opened the flow, and each CPU has another first one.
+    let now_ns = cpu.exact_ns();
+    let tick = (now_ns >> TICK_SHIFT) as u32;
+    let (way, free) = longest_silent::<K>(set, tick);
+    // SAFETY: `way` is below the number of slots, and the mask shows it to the verifier.
+    let slot = unsafe { set.add(way & (WAYS - 1)) };
+    let number = index * WAYS as u32 + way as u32;
+    // SAFETY: the map gave the pointer, and this CPU is the only writer of these fields.
+    let (incarnation, handed_over) = unsafe {
+        let unread = !free && !was_read::<K>(slot);
+        if unread && !hand_over::<K>(cpu, slot, number, now_ns) {
+            return false;
+        }
+        ((*K::Slot::life(slot)).incarnation, unread)
+    };
+
+    // SAFETY: entry 0 of an array with one entry is there as long as the program is.
+    let generation = unsafe { (*config).generation as u16 };
+    let Class { class, label } = key.classify(measure.group_frame);
+    let opened = opened(measure, direction);
+    let mut hints = if measure.later_fragment { HINT_FRAGMENTS } else { 0 };
+    if looks_like_quic(frame, measure) {
+        hints |= HINT_QUIC;
+    }
+    let ifindex = frame.ifindex();
+    let (bytes, payload, segments) =
+        (u64::from(measure.l3_bytes), u64::from(measure.payload), frame.segments());
+    let sent = direction == Direction::Sent;
+
+    // Field by field, here and below: a whole value would be put together on the stack.
+    // SAFETY: as above.
+    unsafe {
+        let (ports, counts, life) = (K::Slot::ports(slot), K::Slot::counts(slot), K::Slot::life(slot));
+        (*life).incarnation = 0;
+        barrier();
+        key.write_to(slot);
+        (*ports).tcp_flags = measure.tcp_flags;
+        (*ports).hints = hints;
+        (*ports).class = class;
+        (*counts).tx_bytes = if sent { bytes } else { 0 };
+        (*counts).rx_bytes = if sent { 0 } else { bytes };
+        (*counts).tx_payload = if sent { payload } else { 0 };
+        (*counts).rx_payload = if sent { 0 } else { payload };
+        (*counts).last_tick = tick;
+        (*counts).generation = generation;
+        (*counts).label = label;
+        (*counts).tx_packets = if sent { segments } else { 0 };
+        (*counts).rx_packets = if sent { 0 } else { segments };
+        (*life).ifindex = ifindex;
+        (*life).first_ns = now_ns;
+        (*life).burst_ns = now_ns;
+        (*life).opened = opened;
+        barrier();
+        // Never 0.
+        let next = incarnation.wrapping_add(1);
+        (*life).incarnation = if next == 0 { 1 } else { next };
+    }
+    if !handed_over {
+        announce(cpu, key, measure, slot, now_ns);
+    }
+    true
+}
+
+/// The slot to take: an empty one (true), or that of the flow whose last packet is longest ago.
+#[inline(always)]
+fn longest_silent<K: Key>(set: *mut K::Slot, tick: u32) -> (usize, bool) {
+    let (mut choice, mut longest) = (0, 0);
+    for way in 0..WAYS {
+        // SAFETY: a set has this many slots, and this CPU is their only writer.
+        let (incarnation, last_tick) = unsafe {
+            let slot = set.add(way);
+            ((*K::Slot::life(slot)).incarnation, (*K::Slot::counts(slot)).last_tick)
+        };
+        if incarnation == 0 {
+            return (way, true);
+        }
+        let silent = tick.wrapping_sub(last_tick);
+        if silent > longest {
+            (choice, longest) = (way, silent);
+        }
+    }
+    (choice, false)
+}
+
+/// Has the agent read all that a slot counts?
+///
+/// # Safety
+/// `slot` must be a slot of this CPU.
+#[inline(always)]
+unsafe fn was_read<K: Key>(slot: *mut K::Slot) -> bool {
+    let (counts, life) = (K::Slot::counts(slot), K::Slot::life(slot));
+    // SAFETY: the caller's promise. The agent writes its three fields at any time, the incarnation last: what is read
+    // here is what it has read, or something older.
+    unsafe {
+        let read_incarnation = (&raw const (*life).read_incarnation).read_volatile();
+        let read_tx = (&raw const (*life).read_tx_packets).read_volatile();
+        let read_rx = (&raw const (*life).read_rx_packets).read_volatile();
+        read_incarnation == (*life).incarnation
+            && read_tx == (*counts).tx_packets
+            && read_rx == (*counts).rx_packets
+    }
+}
+
+/// `BPF_RB_NO_WAKEUP`, `BPF_RB_FORCE_WAKEUP`.
+const NO_WAKEUP: u64 = 1;
+const FORCE_WAKEUP: u64 = 2;
+
+/// Bytes in the ring that the agent has not read yet, and its size.
+#[inline(always)]
+fn ring_fill() -> (u64, u64) {
+    /// `BPF_RB_AVAIL_DATA`
+    const UNREAD: u64 = 0;
+    /// `BPF_RB_RING_SIZE`
+    const SIZE: u64 = 1;
+    let ring = (&raw const EVENTS).cast_mut().cast();
+    // SAFETY: `ring` is the ring buffer map.
+    unsafe { (bpf_ringbuf_query(ring, UNREAD), bpf_ringbuf_query(ring, SIZE)) }
+}
+
+/// Puts a slot into the ring as it is. False: no room.
+///
+/// # Safety
+/// `slot` must be a slot of this CPU.
+#[inline(always)]
+unsafe fn hand_over<K: Key>(cpu: Cpu, slot: *mut K::Slot, number: u32, now_ns: u64) -> bool {
+    let Some(mut entry) = EVENTS.reserve_untyped::<Evicted>(0) else {
+        return false;
+    };
+    let record = entry.as_mut_ptr();
+    // SAFETY: the ring gave room for one record; a slot is as many words.
+    unsafe {
+        (*record).slot = number;
+        (*record).family = K::FAMILY;
+        let words = slot.cast::<u64>();
+        for word in 0..SLOT_WORDS {
+            (&raw mut (*record).words).cast::<u64>().add(word).write(words.add(word).read());
+        }
+    }
+    // A wake-up costs more than the record: none before there is something to do.
+    let (unread, size) = ring_fill();
+    let wake = unread > size / 4 && cpu.may_wake(now_ns);
+    entry.submit(if wake { FORCE_WAKEUP } else { NO_WAKEUP });
+    true
 }
 
 /// Who opened the flow, by its first packet.
 #[inline(always)]
-fn opened(packet: &Packet, direction: Direction) -> u8 {
+fn opened(measure: &Measure, direction: Direction) -> u8 {
     const SYN: u8 = 0x02;
     const ACK: u8 = 0x10;
-    if packet.fragment {
+    if measure.later_fragment {
         OPENED_UNKNOWN
-    } else if packet.protocol == IPPROTO_UDP {
+    } else if measure.protocol == IPPROTO_UDP {
         direction.opened(true)
     } else {
-        match packet.tcp_flags & (SYN | ACK) {
+        match measure.tcp_flags & (SYN | ACK) {
             SYN => direction.opened(true),
             flags if flags == SYN | ACK => direction.opened(false),
             _ => OPENED_UNKNOWN,
@@ -256,120 +347,37 @@ fn opened(packet: &Packet, direction: Direction) -> u8 {
     }
 }
 
-/// Tells the agent about a flow's first packet. While the table is full every packet of the flows outside it is a
-/// first packet, so these may only use one half of the ring. What of them finds no room is in `table_full` already.
+/// Tells the agent about a flow's first packet. The second half of the ring is for counts that are handed over.
 #[inline(always)]
-fn announce<F: Frame, K: Key>(frame: &F, key: &K, state: &FlowState, packet: &Packet, stored: u8) {
-    /// `BPF_RB_AVAIL_DATA`: bytes that the agent has not read yet.
-    const UNREAD: u64 = 0;
-    /// `BPF_RB_RING_SIZE`.
-    const SIZE: u64 = 1;
-    if stored != STORED {
-        let ring = (&raw const EVENTS).cast_mut().cast();
-        // SAFETY: `ring` is the ring buffer map.
-        let (unread, size) = unsafe { (bpf_ringbuf_query(ring, UNREAD), bpf_ringbuf_query(ring, SIZE)) };
-        if unread > size / 2 {
-            return;
-        }
+fn announce<K: Key>(cpu: Cpu, key: &K, measure: &Measure, slot: *mut K::Slot, now_ns: u64) {
+    let (unread, size) = ring_fill();
+    if unread > size / 2 {
+        return cpu.ring_full();
     }
-    let Some(mut entry) = EVENTS.reserve(0) else {
-        if stored == STORED {
-            stats::ring_full();
-        }
-        return;
+    let Some(mut entry) = EVENTS.reserve_untyped::<FlowOpened>(0) else {
+        return cpu.ring_full();
     };
-    let (local_addr, remote_addr, local_port, remote_port, family) = key.wide();
-    entry.write(FlowOpened {
-        local_addr,
-        remote_addr,
-        first_ns: state.first_ns,
-        bytes: packet.l3_bytes,
-        // At most seven extension headers of 2 KiB each are followed, so this fits.
-        header_bytes: (packet.l3_bytes - packet.payload) as u16,
-        // The kernel keeps the number of segments in 16 bits.
-        packets: frame.segments() as u16,
-        ifindex: state.ifindex,
-        local_port,
-        remote_port,
-        label: state.label,
-        family,
-        protocol: packet.protocol,
-        class: state.class,
-        opened: state.opened,
-        hints: state.hints,
-        stored,
-    });
-    entry.submit(0);
+    let record: *mut FlowOpened = entry.as_mut_ptr();
+    // SAFETY: the ring gave room for one record, every field of which is written; `slot` is one of this CPU.
+    unsafe {
+        let (ports, life) = (K::Slot::ports(slot), K::Slot::life(slot));
+        key.write_addresses((&raw mut (*record).local_addr).cast(), (&raw mut (*record).remote_addr).cast());
+        (*record).first_ns = now_ns;
+        (*record).bytes = measure.l3_bytes;
+        (*record).payload = measure.payload;
+        (*record).ifindex = (*life).ifindex;
+        (*record).local_port = (*ports).local_port;
+        (*record).remote_port = (*ports).remote_port;
+        (*record).label = (*K::Slot::counts(slot)).label;
+        (*record).family = K::FAMILY as u8;
+        (*record).protocol = (*ports).protocol;
+        (*record).class = (*ports).class;
+        (*record).opened = (*life).opened;
+        (*record).hints = (*ports).hints;
+        (*record).pad = 0;
+    }
+    entry.submit(if cpu.may_wake(now_ns) { FORCE_WAKEUP } else { NO_WAKEUP });
 }
 
 // The ring's size is a power of two, or the kernel refuses it.
-const _: () = assert!(RING_BYTES.is_power_of_two());
-
-/// `lock *(u64 *)target += value`, the one atomic instruction that every kernel has.
-///
-/// # Safety
-/// `target` must point to an aligned, writable `u64` of a map value.
-#[inline(always)]
-unsafe fn add(target: *mut u64, value: u64) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!("lock *(u64 *)({target} + 0) += {value}", target = in(reg) target, value = in(reg) value, options(nostack));
-    }
-}
-
-/// What differs between the two tables.
-trait Key {
-    fn find(&self) -> Option<*mut FlowState>;
-    fn add(&self, state: &FlowState) -> Result<(), i32>;
-    fn classify(&self, group_frame: bool) -> Class;
-    /// Local and remote address, local and remote port, family.
-    fn wide(&self) -> ([u8; 16], [u8; 16], u16, u16, u8);
-}
-
-/// `BPF_NOEXIST`.
-const NEW_ONLY: u64 = 1;
-
-impl Key for Flow4Key {
-    #[inline(always)]
-    fn find(&self) -> Option<*mut FlowState> {
-        FLOWS4.get_ptr_mut(self)
-    }
-
-    #[inline(always)]
-    fn add(&self, state: &FlowState) -> Result<(), i32> {
-        FLOWS4.insert(self, state, NEW_ONLY)
-    }
-
-    #[inline(always)]
-    fn classify(&self, group_frame: bool) -> Class {
-        classify::ipv4(self, group_frame)
-    }
-
-    #[inline(always)]
-    fn wide(&self) -> ([u8; 16], [u8; 16], u16, u16, u8) {
-        let widen = |[a, b, c, d]: [u8; 4]| [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        (widen(self.local_addr), widen(self.remote_addr), self.local_port, self.remote_port, 4)
-    }
-}
-
-impl Key for Flow6Key {
-    #[inline(always)]
-    fn find(&self) -> Option<*mut FlowState> {
-        FLOWS6.get_ptr_mut(self)
-    }
-
-    #[inline(always)]
-    fn add(&self, state: &FlowState) -> Result<(), i32> {
-        FLOWS6.insert(self, state, NEW_ONLY)
-    }
-
-    #[inline(always)]
-    fn classify(&self, group_frame: bool) -> Class {
-        classify::ipv6(self, group_frame)
-    }
-
-    #[inline(always)]
-    fn wide(&self) -> ([u8; 16], [u8; 16], u16, u16, u8) {
-        (self.local_addr, self.remote_addr, self.local_port, self.remote_port, 6)
-    }
-}
+const _: () = assert!(RING_BYTES.is_power_of_two() && WAYS.is_power_of_two());

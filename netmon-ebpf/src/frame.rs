@@ -15,9 +15,32 @@ pub trait Frame {
     fn ifindex(&self) -> u32;
     /// Packets on the wire: above 1 for a GSO or GRO super-packet.
     fn segments(&self) -> u32;
+    /// Where the frame's linear part starts and ends: its headers, nearly always. A program may read there as far as it
+    /// has compared with the end.
+    fn linear(&self) -> (usize, usize);
     /// `N` bytes from `offset` on, or `None` when the frame ends before.
     fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
 }
+
+/// A load of a fixed width from a packet, at `$at + $offset`: the compiler would read a number that may be unaligned byte
+/// by byte, and the kernel refuses unaligned loads only on machines that cannot do them.
+macro_rules! load {
+    ($width:literal, $at:expr, $offset:expr) => {{
+        let value: u64;
+        // SAFETY: the verifier refuses a load outside of what was compared with the packet's end.
+        unsafe {
+            core::arch::asm!(
+                concat!("{value} = *(", $width, " *)({at} + {offset})"),
+                value = lateout(reg) value,
+                at = in(reg) $at,
+                offset = const $offset,
+                options(nostack, readonly, preserves_flags)
+            );
+        }
+        value
+    }};
+}
+pub(crate) use load;
 
 /// A frame in a TC program. Its data may be spread over pages, so it is read by helper.
 pub struct SkbFrame<'a>(pub &'a TcContext);
@@ -39,6 +62,11 @@ impl Frame for SkbFrame<'_> {
         // SAFETY: as above.
         let segments = unsafe { (*self.0.skb.skb).gso_segs };
         if segments == 0 { 1 } else { segments }
+    }
+
+    #[inline(always)]
+    fn linear(&self) -> (usize, usize) {
+        (self.0.data(), self.0.data_end())
     }
 
     #[inline(always)]
@@ -69,6 +97,11 @@ impl Frame for XdpFrame<'_> {
     #[inline(always)]
     fn segments(&self) -> u32 {
         1
+    }
+
+    #[inline(always)]
+    fn linear(&self) -> (usize, usize) {
+        (self.0.data(), self.0.data_end())
     }
 
     #[inline(always)]

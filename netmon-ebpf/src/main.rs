@@ -1,10 +1,11 @@
 //! netmon's kernel programs. They count and never interfere: every path of every program returns "go on".
 //!
 //! * [`frame`]: one way to read an skb and an XDP buffer
-//! * [`parse`]: frame → [`parse::Packet`], or why not
+//! * [`parse`]: frame → addresses, ports and lengths, or why not
+//! * [`fragments`]: the ports of later fragments
+//! * [`key`], [`flow`]: the flow table and the records to the agent
 //! * [`classify`]: whose address is it?
-//! * [`flow`]: the flow table and the "flow opened" record
-//! * [`stats`]: what became of every frame
+//! * [`cpu`]: what became of every frame, and the clock
 //! * [`maps`]: the maps
 //!
 //! Only what kernel 5.10 has is used. The borders to the agent are in `netmon_common::abi`.
@@ -13,11 +14,13 @@
 #![feature(asm_experimental_arch)]
 
 mod classify;
+mod cpu;
 mod flow;
+mod fragments;
 mod frame;
+mod key;
 mod maps;
 mod parse;
-mod stats;
 
 use aya_ebpf::{
     bindings::xdp_action::XDP_PASS,
@@ -26,10 +29,11 @@ use aya_ebpf::{
 };
 
 use crate::{
+    cpu::{Cpu, Outcome},
     flow::Direction,
-    frame::{Frame, SkbFrame, XdpFrame},
-    parse::{Link, Packet, Parsed},
-    stats::Outcome,
+    frame::{Frame, SkbFrame, XdpFrame, load},
+    key::{Key4, Key6},
+    parse::{ETHERNET_HEADER, Link, Measure, PLAIN_BYTES, Packet, Parsed},
 };
 
 /// `TCX_NEXT` and `TC_ACT_UNSPEC`: the next program of the chain decides.
@@ -72,15 +76,90 @@ pub fn nm_xdp_ingress(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn watch<F: Frame>(frame: &F, link: Link, direction: Direction) {
+    let Some(cpu) = Cpu::this() else {
+        return;
+    };
+    cpu.seen();
+    let plain = match link {
+        Link::Ethernet => watch_plain::<F, ETHERNET_HEADER>(frame, cpu.number, direction),
+        Link::None => watch_plain::<F, 0>(frame, cpu.number, direction),
+    };
+    if !plain {
+        watch_any(frame, cpu.number, link, direction);
+    }
+}
+
+/// Counts a plain packet whose IP header is `AT` bytes behind the frame's start. False: it is none.
+///
+/// Its own subprogram: its stack is free again when a frame is read by [`watch_any`].
+#[inline(never)]
+fn watch_plain<F: Frame, const AT: usize>(frame: &F, cpu: u32, direction: Direction) -> bool {
+    let Some(cpu) = Cpu::of(cpu) else {
+        return false;
+    };
+    let (start, end) = frame.linear();
+    if start + AT + PLAIN_BYTES > end {
+        return false;
+    }
+    // In memory order.
+    let (is_ipv4, is_ipv6, group_frame) = if AT == ETHERNET_HEADER {
+        let ethertype = load!("u16", start, 12);
+        (ethertype == 0x0008, ethertype == 0xdd86, load!("u8", start, 0) & 1 != 0)
+    } else {
+        let version = load!("u8", start, 0) >> 4;
+        (version == 4, version == 6, false)
+    };
+    let (counted, bytes) = if is_ipv4 {
+        let Some(plain) = parse::plain4::<F, AT>(frame, start, end) else {
+            return false;
+        };
+        let measure = Measure { group_frame, ..plain.measure };
+        let key = Key4::of_plain(plain.addresses, plain.ports, measure.protocol, direction);
+        (flow::count(cpu, frame, &key, &measure, direction), measure.l3_bytes)
+    } else if is_ipv6 {
+        let Some(plain) = parse::plain6::<F, AT>(frame, start, end) else {
+            return false;
+        };
+        let measure = Measure { group_frame, ..plain.measure };
+        let key = Key6::of_plain(plain.addresses, plain.ports, measure.protocol, direction);
+        (flow::count(cpu, frame, &key, &measure, direction), measure.l3_bytes)
+    } else {
+        return false;
+    };
+    cpu.record(if counted { Outcome::Counted } else { Outcome::TableFull }, bytes);
+    true
+}
+
+/// Counts any frame. Its own subprogram: few frames come here, and it needs much stack.
+#[inline(never)]
+fn watch_any<F: Frame>(frame: &F, cpu: u32, link: Link, direction: Direction) {
+    let Some(cpu) = Cpu::of(cpu) else {
+        return;
+    };
     let mut packet = Packet::default();
-    let outcome = match parse::parse(frame, link, &mut packet) {
-        Parsed::Packet if flow::count(frame, &packet, direction) => Outcome::Counted,
-        Parsed::Packet => Outcome::TableFull,
+    let parsed = parse::parse(frame, link, &mut packet);
+    if parsed == Parsed::Packet && (packet.first_fragment || packet.measure.later_fragment) {
+        fragments::follow(&mut packet);
+    }
+    let outcome = match parsed {
+        Parsed::Packet => {
+            let measure = &packet.measure;
+            let counted = if packet.family == 4 {
+                flow::count(cpu, frame, &Key4::of(&packet, direction), measure, direction)
+            } else {
+                flow::count(cpu, frame, &Key6::of(&packet, direction), measure, direction)
+            };
+            if counted { Outcome::Counted } else { Outcome::TableFull }
+        }
         Parsed::NotIp => Outcome::NotIp,
         Parsed::OtherProtocol => Outcome::OtherProtocol,
         Parsed::Malformed => Outcome::Malformed,
     };
-    stats::record(outcome, frame.len(), packet.l3_bytes);
+    let bytes = match parsed {
+        Parsed::Packet | Parsed::OtherProtocol => packet.measure.l3_bytes,
+        Parsed::NotIp | Parsed::Malformed => frame.len(),
+    };
+    cpu.record(outcome, bytes);
 }
 
 #[panic_handler]

@@ -2,21 +2,46 @@
 //! agent compares the two.
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf},
     macros::btf_map,
 };
 use netmon_common::abi::{
-    Config, Flow4Key, Flow6Key, FlowOpened, FlowState, MAX_FLOWS, MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES,
-    PrefixValue, RING_BYTES, Stats,
+    Config, CpuStats, Evicted, Flow4Key, Flow6Key, FlowState, FragmentKey, FragmentPorts, MAX_CPUS,
+    MAX_FLOWS, MAX_FRAGMENTS, MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES, MAX_SHOWN, PrefixValue, REGION_SETS,
+    RING_BYTES, Set4, Set6, WAYS,
 };
 
-/// Flow table, IPv4. Memory for all entries is reserved at load, so an insert cannot fail for want of memory.
-#[btf_map(name = "nm_flows4")]
-pub static FLOWS4: HashMap<Flow4Key, FlowState, MAX_FLOWS> = HashMap::new();
+/// `BPF_F_MMAPABLE` (kernel 5.5): the agent reads the map without system calls.
+const MMAPABLE: usize = 1 << 10;
+/// `BPF_F_NO_PREALLOC`: an entry takes memory only while it is there.
+const NO_PREALLOC: usize = 1;
+
+/// Sets of a table.
+const SETS: usize = MAX_FLOWS / WAYS;
+
+/// Flow table, IPv4.
+#[btf_map(name = "nm_table4")]
+pub static TABLE4: Array<Set4, SETS, MMAPABLE> = Array::new();
 
 /// Flow table, IPv6.
+#[btf_map(name = "nm_table6")]
+pub static TABLE6: Array<Set6, SETS, MMAPABLE> = Array::new();
+
+/// When a region of a table was last written to.
+#[btf_map(name = "nm_touched")]
+pub static TOUCHED: Array<u64, { 2 * SETS / REGION_SETS }, MMAPABLE> = Array::new();
+
+/// Datagrams in fragments.
+#[btf_map(name = "nm_fragments")]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, MAX_FRAGMENTS> = LruHashMap::new();
+
+/// For people, IPv4: written by the agent.
+#[btf_map(name = "nm_flows4")]
+pub static FLOWS4: HashMap<Flow4Key, FlowState, MAX_SHOWN, NO_PREALLOC> = HashMap::new();
+
+/// For people, IPv6: written by the agent.
 #[btf_map(name = "nm_flows6")]
-pub static FLOWS6: HashMap<Flow6Key, FlowState, MAX_FLOWS> = HashMap::new();
+pub static FLOWS6: HashMap<Flow6Key, FlowState, MAX_SHOWN, NO_PREALLOC> = HashMap::new();
 
 /// Private prefixes, IPv4.
 #[btf_map(name = "nm_lan4")]
@@ -34,13 +59,13 @@ pub static MUTE4: LpmTrie<[u8; 4], PrefixValue, MAX_MUTED_PREFIXES> = LpmTrie::n
 #[btf_map(name = "nm_mute6")]
 pub static MUTE6: LpmTrie<[u8; 16], PrefixValue, MAX_MUTED_PREFIXES> = LpmTrie::new();
 
-/// "Flow opened" records.
+/// "Flow opened" and "flow evicted" records.
 #[btf_map(name = "nm_events")]
-pub static EVENTS: RingBuf<FlowOpened, RING_BYTES> = RingBuf::new();
+pub static EVENTS: RingBuf<Evicted, RING_BYTES> = RingBuf::new();
 
-/// What became of every frame.
+/// What became of every frame, one element a CPU.
 #[btf_map(name = "nm_stats")]
-pub static STATS: PerCpuArray<Stats, 1> = PerCpuArray::new();
+pub static STATS: Array<CpuStats, MAX_CPUS, MMAPABLE> = Array::new();
 
 /// What the agent tells us.
 #[btf_map(name = "nm_config")]

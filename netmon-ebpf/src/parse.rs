@@ -1,5 +1,8 @@
 //! Frame → [`Packet`], or the reason why not.
 //!
+//! Two readers: [`plain4`] and [`plain6`] take what nearly every packet is, straight from memory, and nothing that is odd
+//! in any way; [`parse`] takes everything. Where both take a packet, they must agree.
+//!
 //! Types in the signatures of subprograms are plain: the BTF that the compiler makes of an enum with data is
 //! refused by the kernel.
 
@@ -7,10 +10,11 @@ use core::arch::asm;
 
 use netmon_common::abi::{IPPROTO_TCP, IPPROTO_UDP};
 
-use crate::frame::Frame;
+use crate::frame::{Frame, load};
 
 /// What stands in front of the IP header.
 #[derive(Clone, Copy)]
+#[repr(u32)]
 pub enum Link {
     /// An Ethernet header, perhaps with VLAN tags.
     Ethernet,
@@ -18,7 +22,27 @@ pub enum Link {
     None,
 }
 
-/// A TCP or UDP packet, or a later fragment of one. Aligned, so that it is cleared and filled by whole words.
+/// What is counted of a TCP or UDP packet, or of a later fragment of one.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct Measure {
+    /// Bytes from the IP header on, without link-layer padding. Of another protocol's packet, too.
+    pub l3_bytes: u32,
+    /// Bytes behind the TCP or UDP header; in a later fragment: behind the IP header.
+    pub payload: u32,
+    /// Where the payload starts in the frame.
+    pub payload_at: u32,
+    /// TCP flags; 0 for anything else.
+    pub tcp_flags: u8,
+    /// A fragment that is not the first one: no ports of its own.
+    pub later_fragment: bool,
+    /// The frame is addressed to a group of link-layer stations.
+    pub group_frame: bool,
+    /// [`IPPROTO_TCP`] or [`IPPROTO_UDP`].
+    pub protocol: u8,
+}
+
+/// A packet as [`parse`] reads it. Aligned, so that it is cleared and filled by whole words.
 #[derive(Default)]
 #[repr(C, align(8))]
 pub struct Packet {
@@ -26,28 +50,20 @@ pub struct Packet {
     pub source: [u8; 16],
     /// Receiver, as on the wire; IPv4 in the first four bytes.
     pub destination: [u8; 16],
-    /// Bytes from the IP header on, without link-layer padding. Of another protocol's packet, too.
-    pub l3_bytes: u32,
-    /// Bytes behind the TCP or UDP header; in a later fragment: behind the IP header.
-    pub payload: u32,
-    /// Where the payload starts in the frame.
-    pub payload_at: u32,
+    /// What is counted.
+    pub measure: Measure,
     /// 0 in a later fragment.
     pub source_port: u16,
     /// 0 in a later fragment.
     pub destination_port: u16,
+    /// Identification of a fragmented datagram, as on the wire.
+    pub fragment_id: u32,
     /// 4 or 6.
     pub family: u8,
-    /// [`IPPROTO_TCP`] or [`IPPROTO_UDP`].
-    pub protocol: u8,
-    /// TCP flags; 0 for anything else.
-    pub tcp_flags: u8,
-    /// A fragment that is not the first one: no ports.
-    pub fragment: bool,
-    /// The frame is addressed to a group of link-layer stations.
-    pub group_frame: bool,
+    /// More fragments follow, and this is the one with the ports.
+    pub first_fragment: bool,
     /// Always zero.
-    pub pad: [u8; 3],
+    pub pad: [u8; 6],
 }
 
 /// What a frame is.
@@ -64,7 +80,8 @@ pub enum Parsed {
     Malformed,
 }
 
-const ETHERNET_HEADER: u32 = 14;
+/// Bytes.
+pub const ETHERNET_HEADER: usize = 14;
 const VLAN_TAG: u32 = 4;
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -88,6 +105,98 @@ const SHIM6: u8 = 140;
 const TCP_HEADER: u32 = 20;
 const UDP_HEADER: u32 = 8;
 
+const IPV4_HEADER: u32 = 20;
+/// A frame that holds these bytes behind the link-layer header can be asked for either version.
+pub const PLAIN_BYTES: usize = (IPV4_HEADER + UDP_HEADER) as usize;
+
+/// A plain packet: the key's numbers as they stand in the packet, sender first, and what is counted.
+#[derive(Clone, Copy)]
+pub struct Plain<A> {
+    /// Source and destination address, in words as they are in memory.
+    pub addresses: A,
+    /// Source port in the upper, destination port in the lower half.
+    pub ports: u32,
+    /// What is counted.
+    pub measure: Measure,
+}
+
+/// An IPv4 packet without options that is no fragment, `AT` bytes behind the frame's start, all headers of which are in the
+/// linear part. `None`: ask [`parse`]. The caller has compared [`PLAIN_BYTES`] with the end.
+#[inline(always)]
+pub fn plain4<F: Frame, const AT: usize>(frame: &F, start: usize, end: usize) -> Option<Plain<u64>> {
+    // More fragments, or not the first one (in memory order).
+    const FRAGMENT: u64 = 0xff3f;
+    if load!("u8", start, AT) != 0x45 || load!("u16", start, AT + 6) & FRAGMENT != 0 {
+        return None;
+    }
+    let said = u32::from((load!("u16", start, AT + 2) as u16).swap_bytes());
+    let l3_bytes = l3_bytes(frame, AT as u32, said);
+    let protocol = load!("u8", start, AT + 9) as u8;
+    let (transport_bytes, tcp_flags) = match protocol {
+        IPPROTO_UDP => (UDP_HEADER, 0),
+        IPPROTO_TCP if start + AT + 40 <= end => {
+            (tcp_header(load!("u8", start, AT + 32))?, load!("u8", start, AT + 33) as u8)
+        }
+        _ => return None,
+    };
+    let header_bytes = IPV4_HEADER + transport_bytes;
+    Some(Plain {
+        addresses: load!("u64", start, AT + 12),
+        ports: (load!("u32", start, AT + 20) as u32).swap_bytes(),
+        measure: Measure {
+            l3_bytes,
+            payload: l3_bytes.checked_sub(header_bytes)?,
+            payload_at: AT as u32 + header_bytes,
+            tcp_flags,
+            protocol,
+            ..Measure::default()
+        },
+    })
+}
+
+/// An IPv6 packet without extension headers; see [`plain4`].
+#[inline(always)]
+pub fn plain6<F: Frame, const AT: usize>(frame: &F, start: usize, end: usize) -> Option<Plain<[u64; 4]>> {
+    if start + AT + 48 > end || load!("u8", start, AT) >> 4 != 6 {
+        return None;
+    }
+    let said = u32::from((load!("u16", start, AT + 4) as u16).swap_bytes());
+    let l3_bytes = l3_bytes(frame, AT as u32, if said == 0 { 0 } else { said + IPV6_HEADER });
+    let protocol = load!("u8", start, AT + 6) as u8;
+    let (transport_bytes, tcp_flags) = match protocol {
+        IPPROTO_UDP => (UDP_HEADER, 0),
+        IPPROTO_TCP if start + AT + 60 <= end => {
+            (tcp_header(load!("u8", start, AT + 52))?, load!("u8", start, AT + 53) as u8)
+        }
+        _ => return None,
+    };
+    let header_bytes = IPV6_HEADER + transport_bytes;
+    Some(Plain {
+        addresses: [
+            load!("u64", start, AT + 8),
+            load!("u64", start, AT + 16),
+            load!("u64", start, AT + 24),
+            load!("u64", start, AT + 32),
+        ],
+        ports: (load!("u32", start, AT + 40) as u32).swap_bytes(),
+        measure: Measure {
+            l3_bytes,
+            payload: l3_bytes.checked_sub(header_bytes)?,
+            payload_at: AT as u32 + header_bytes,
+            tcp_flags,
+            protocol,
+            ..Measure::default()
+        },
+    })
+}
+
+/// Length of a TCP header by the byte of its data offset (RFC 9293, section 3.1: words of four bytes, in the upper half).
+#[inline(always)]
+fn tcp_header(offset: u64) -> Option<u32> {
+    let bytes = (offset >> 4) as u32 * 4;
+    (bytes >= TCP_HEADER).then_some(bytes)
+}
+
 /// Reads a frame down to its TCP or UDP header.
 ///
 /// Its own subprogram: its stack is free again when the packet is counted, and both need much of it.
@@ -109,9 +218,9 @@ pub fn parse<F: Frame>(frame: &F, link: Link, packet: &mut Packet) -> Parsed {
 #[inline(always)]
 fn ethernet<F: Frame>(frame: &F, packet: &mut Packet) -> Option<Parsed> {
     let header: [u8; 14] = frame.bytes(0)?;
-    packet.group_frame = header[0] & 1 != 0;
+    packet.measure.group_frame = header[0] & 1 != 0;
     let mut ethertype = u16::from_be_bytes([header[12], header[13]]);
-    let mut at = ETHERNET_HEADER;
+    let mut at = ETHERNET_HEADER as u32;
     for _ in 0..MAX_VLAN_TAGS {
         if ethertype != ETHERTYPES_VLAN[0] && ethertype != ETHERTYPES_VLAN[1] {
             break;
@@ -132,13 +241,16 @@ fn ethernet<F: Frame>(frame: &F, packet: &mut Packet) -> Option<Parsed> {
 fn ipv4<F: Frame>(frame: &F, at: u32, packet: &mut Packet) -> Option<Parsed> {
     let header: [u8; 20] = frame.bytes(at)?;
     let header_bytes = u32::from(header[0] & 0x0f) * 4;
-    packet.l3_bytes = l3_bytes(frame, at, u32::from(u16::from_be_bytes([header[2], header[3]])));
-    if header[0] >> 4 != 4 || header_bytes < 20 || packet.l3_bytes < header_bytes {
+    packet.measure.l3_bytes = l3_bytes(frame, at, u32::from(u16::from_be_bytes([header[2], header[3]])));
+    if header[0] >> 4 != 4 || header_bytes < 20 || packet.measure.l3_bytes < header_bytes {
         return None;
     }
     packet.family = 4;
-    packet.protocol = header[9];
-    packet.fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
+    packet.measure.protocol = header[9];
+    let fragment = u16::from_be_bytes([header[6], header[7]]);
+    packet.measure.later_fragment = fragment & 0x1fff != 0;
+    packet.first_fragment = fragment & 0x3fff == 0x2000;
+    packet.fragment_id = u32::from(u16::from_ne_bytes([header[4], header[5]]));
     packet.source[..4].copy_from_slice(&header[12..16]);
     packet.destination[..4].copy_from_slice(&header[16..20]);
     transport(frame, at, header_bytes, packet)
@@ -155,11 +267,12 @@ fn ipv6<F: Frame>(frame: &F, at: u32, packet: &mut Packet) -> Option<Parsed> {
     }
     let payload = u32::from(u16::from_be_bytes([header[4], header[5]]));
     // A jumbo payload (RFC 2675; the kernel's own big TCP packets) says 0 here.
-    packet.l3_bytes = l3_bytes(frame, at, if payload == 0 { 0 } else { payload + IPV6_HEADER });
+    packet.measure.l3_bytes = l3_bytes(frame, at, if payload == 0 { 0 } else { payload + IPV6_HEADER });
     packet.family = 6;
 
     let mut protocol = header[6];
     let mut header_bytes = IPV6_HEADER;
+    let mut fragment_at = 0;
     if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         for _ in 0..MAX_EXTENSION_HEADERS {
             if extension(protocol) == 0 {
@@ -171,22 +284,30 @@ fn ipv6<F: Frame>(frame: &F, at: u32, packet: &mut Packet) -> Option<Parsed> {
             let is_fragment = equal(protocol, FRAGMENT);
             let is_authentication = equal(protocol, AUTHENTICATION);
             let units = (u32::from(header[1]) & is_fragment.wrapping_sub(1)) + 1 + is_authentication;
+            // Without a branch, as above. The verifier knows a product with a bit to be small.
+            fragment_at |= (at + header_bytes) * is_fragment;
             header_bytes += (units * 8) >> is_authentication;
             protocol = header[0];
             if is_fragment & not_zero(u16::from_be_bytes([header[2], header[3]]) & 0xfff8) != 0 {
-                packet.fragment = true;
+                packet.measure.later_fragment = true;
                 break;
             }
         }
+        if fragment_at != 0 {
+            let header: [u8; 8] = frame.bytes(fragment_at)?;
+            // RFC 8200, section 4.5: offset 0 and more to come.
+            packet.first_fragment = header[2] == 0 && header[3] & 0xf9 == 1;
+            packet.fragment_id = u32::from_ne_bytes([header[4], header[5], header[6], header[7]]);
+        }
         // In a later fragment, what follows its header is data, whatever the header calls it.
-        if !packet.fragment && extension(protocol) != 0 {
+        if !packet.measure.later_fragment && extension(protocol) != 0 {
             return None;
         }
     }
-    if packet.l3_bytes < header_bytes {
+    if packet.measure.l3_bytes < header_bytes {
         return None;
     }
-    packet.protocol = protocol;
+    packet.measure.protocol = protocol;
     transport(frame, at, header_bytes, packet)
 }
 
@@ -229,22 +350,22 @@ fn l3_bytes<F: Frame>(frame: &F, at: u32, said: u32) -> u32 {
 
 #[inline(always)]
 fn transport<F: Frame>(frame: &F, at: u32, header_bytes: u32, packet: &mut Packet) -> Option<Parsed> {
-    if packet.protocol != IPPROTO_TCP && packet.protocol != IPPROTO_UDP {
+    if packet.measure.protocol != IPPROTO_TCP && packet.measure.protocol != IPPROTO_UDP {
         return Some(Parsed::OtherProtocol);
     }
     let at = at + header_bytes;
-    let held = packet.l3_bytes - header_bytes;
+    let held = packet.measure.l3_bytes - header_bytes;
     let mut transport_bytes = 0;
-    if !packet.fragment {
+    if !packet.measure.later_fragment {
         // Both start with the ports.
         let ports: [u8; 4] = frame.bytes(at)?;
         packet.source_port = u16::from_be_bytes([ports[0], ports[1]]);
         packet.destination_port = u16::from_be_bytes([ports[2], ports[3]]);
         transport_bytes = UDP_HEADER;
-        if packet.protocol == IPPROTO_TCP {
+        if packet.measure.protocol == IPPROTO_TCP {
             // RFC 9293, section 3.1: the data offset counts words of four bytes.
             let [offset, flags] = frame.bytes::<2>(at + 12)?;
-            packet.tcp_flags = flags;
+            packet.measure.tcp_flags = flags;
             transport_bytes = u32::from(offset >> 4) * 4;
             if transport_bytes < TCP_HEADER {
                 return None;
@@ -255,18 +376,18 @@ fn transport<F: Frame>(frame: &F, at: u32, header_bytes: u32, packet: &mut Packe
     if held < transport_bytes {
         return None;
     }
-    packet.payload = held - transport_bytes;
-    packet.payload_at = at + transport_bytes;
+    packet.measure.payload = held - transport_bytes;
+    packet.measure.payload_at = at + transport_bytes;
     Some(Parsed::Packet)
 }
 
 /// Long header form and fixed bit (RFC 9000, 17.2), then version 1 or 2 (RFC 9369, 3.1).
 #[inline(always)]
-pub fn looks_like_quic<F: Frame>(frame: &F, packet: &Packet) -> bool {
-    if packet.protocol != IPPROTO_UDP || packet.fragment || packet.payload < 5 {
+pub fn looks_like_quic<F: Frame>(frame: &F, measure: &Measure) -> bool {
+    if measure.protocol != IPPROTO_UDP || measure.later_fragment || measure.payload < 5 {
         return false;
     }
-    let Some(start) = frame.bytes::<5>(packet.payload_at) else {
+    let Some(start) = frame.bytes::<5>(measure.payload_at) else {
         return false;
     };
     let version = u32::from_be_bytes([start[1], start[2], start[3], start[4]]);

@@ -90,14 +90,25 @@ pub enum KernelError {
         /// Why not.
         source: Box<MapError>,
     },
-    /// A flow table could not be read.
-    #[error("cannot read the flow table {name}")]
-    Sweep {
+    /// A map's memory could not be mapped.
+    #[error("cannot map the memory of {name}")]
+    MapMemory {
         /// Map.
         name: &'static str,
         /// Why not.
         source: io::Error,
     },
+    /// The kernel did not say how many CPUs there can be.
+    #[error("cannot tell how many CPUs there can be from {file}")]
+    Cpus {
+        /// Where that stands.
+        file: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// No random numbers.
+    #[error("the kernel gave no random numbers for the flow tables' hash")]
+    Random(#[source] getrandom::Error),
     /// More prefixes than a trie holds.
     #[error("{count} {what} prefixes of one family, but at most {limit} fit")]
     TooManyPrefixes {

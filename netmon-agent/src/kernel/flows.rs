@@ -1,18 +1,8 @@
-//! What is read from the flow tables and the ring buffer.
+//! What the flow tables and the ring buffer hold, in the agent's types.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::BorrowedFd,
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use aya::{
-    Pod,
-    maps::{HashMap, Map},
-};
-use netmon_common::abi::{Flow4Key, Flow6Key, FlowOpened, FlowState, NOT_STORED_RX, NOT_STORED_TX};
-
-use super::{KernelError, map_error, sys};
+use netmon_common::abi::{Evicted, Flow4Key, Flow6Key, FlowOpened, SLOT_WORDS};
 
 /// One flow as this PC sees it, by the addresses on the wire.
 ///
@@ -64,120 +54,114 @@ impl From<&Flow6Key> for FlowId {
     }
 }
 
-/// A flow's counters at one moment.
+impl From<&FlowId> for ShownKey {
+    fn from(flow: &FlowId) -> Self {
+        let (local_port, remote_port, protocol) = (flow.local.port(), flow.remote.port(), flow.protocol);
+        match (flow.local.ip(), flow.remote.ip()) {
+            (IpAddr::V4(local), IpAddr::V4(remote)) => Self::V4(Flow4Key {
+                local_addr: local.octets(),
+                remote_addr: remote.octets(),
+                local_port,
+                remote_port,
+                protocol,
+                pad: [0; 3],
+            }),
+            (local, remote) => Self::V6(Flow6Key {
+                local_addr: wide(local),
+                remote_addr: wide(remote),
+                local_port,
+                remote_port,
+                protocol,
+                pad: [0; 3],
+            }),
+        }
+    }
+}
+
+/// Key of a map for people.
+pub(super) enum ShownKey {
+    V4(Flow4Key),
+    V6(Flow6Key),
+}
+
+fn wide(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
+/// What a flow has moved on one CPU since that was last read.
+///
+/// Numbers of the kernel are kept raw: whoever reads `class` and `opened` decides what an unknown one means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FlowReading {
+pub struct FlowDelta {
     /// Which flow.
     pub flow: FlowId,
-    /// Its entry, as the kernel keeps it. Raw numbers: whoever reads `class` and `opened` decides what an unknown
-    /// one means.
-    pub state: FlowState,
-    /// The flow was idle and its entry has been removed: these are its last counts, and a later packet of the
-    /// same five numbers starts a new entry from zero.
-    pub retired: bool,
+    /// What was moved.
+    pub moved: Moved,
+    /// First packet of it, boot clock, nanoseconds; or the last one before it, when no silence of
+    /// [`netmon_common::abi::SILENCE_NS`] lies between.
+    pub first_ns: u64,
+    /// Last packet of it, boot clock, nanoseconds, to the tick ([`netmon_common::abi::TICK_NS`]).
+    pub last_ns: u64,
+    /// Interface that saw the flow's first packet on this CPU.
+    pub ifindex: u32,
+    /// Muted label.
+    pub label: u16,
+    /// One of the `CLASS_` constants.
+    pub class: u8,
+    /// One of the `OPENED_` constants, by the first packet on this CPU.
+    pub opened: u8,
+    /// All TCP flags seen so far.
+    pub tcp_flags: u8,
+    /// `HINT_` bits.
+    pub hints: u8,
 }
 
-impl FlowReading {
-    /// The one packet of a record whose flow found no room in the table, as the whole life of a flow: a later packet
-    /// of the same flow comes in a record of its own, and starts from zero. Its TCP flags are not known (0), nor is
-    /// the generation (0). `None`: the flow is in the table, and its packets are counted there; or the record is of
-    /// an unknown kind.
-    pub fn unstored(record: &FlowOpened) -> Option<Self> {
-        let flow = FlowId::of(record)?;
-        let (packets, bytes, payload) = (record.packets.into(), record.bytes.into(), record.payload().into());
-        let mut state = FlowState {
-            first_ns: record.first_ns,
-            burst_ns: record.first_ns,
-            last_ns: record.first_ns,
-            ifindex: record.ifindex,
-            label: record.label,
-            class: record.class,
-            opened: record.opened,
-            hints: record.hints,
-            ..FlowState::default()
-        };
-        match record.stored {
-            NOT_STORED_TX => {
-                (state.tx_packets, state.tx_bytes, state.tx_payload) = (packets, bytes, payload);
-            }
-            NOT_STORED_RX => {
-                (state.rx_packets, state.rx_bytes, state.rx_payload) = (packets, bytes, payload);
-            }
-            _ => return None,
-        }
-        Some(Self { flow, state, retired: true })
+/// Counts of both directions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "as in `netmon_common::abi::FlowState`")]
+pub struct Moved {
+    pub tx_packets: u64,
+    pub rx_packets: u64,
+    pub tx_bytes: u64,
+    pub rx_bytes: u64,
+    pub tx_payload: u64,
+    pub rx_payload: u64,
+}
+
+/// A record of the ring buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Record {
+    Opened(FlowOpened),
+    Evicted(Evicted),
+}
+
+/// A record of the ring buffer, told by its length. `None`: no record of ours.
+pub(super) fn record(bytes: &[u8]) -> Option<Record> {
+    match bytes.len() {
+        OPENED_BYTES => flow_opened(bytes).map(Record::Opened),
+        EVICTED_BYTES => evicted(bytes).map(Record::Evicted),
+        _ => None,
     }
 }
 
-/// Reads one table, and removes what was idle for `retire_after_ns`.
-///
-/// What a packet may lose: on kernels since 5.14 an entry is read and removed in one step, and only a program that
-/// is between its own lookup and its own addition at that very moment (some hundred nanoseconds, after a silence
-/// of `retire_after_ns`) adds to an entry that is no longer there. Before 5.14 the last look and the removal are
-/// two system calls, some microseconds apart. `Stats::counted_bytes` includes the packet in both cases, so the
-/// loss shows as a difference to the sum over flows.
-pub(super) fn sweep_table<K>(
-    table: &mut Map,
-    name: &'static str,
-    now_boot_ns: u64,
-    retire_after_ns: u64,
-    out: &mut Vec<FlowReading>,
-) -> Result<(), KernelError>
-where
-    K: Pod,
-    for<'a> FlowId: From<&'a K>,
-{
-    let failed = |source| KernelError::Sweep { name, source };
-    let idle = |state: &FlowState| now_boot_ns.saturating_sub(state.last_ns) >= retire_after_ns;
-    let mut entries: Vec<(K, FlowState)> = Vec::new();
-    sys::read_all(fd(table).map_err(failed)?, &mut entries).map_err(failed)?;
-    out.reserve(entries.len());
-    for (key, state) in entries {
-        let mut reading = FlowReading { flow: FlowId::from(&key), state, retired: false };
-        if idle(&state) {
-            // A packet may have come since the table was read.
-            let map: HashMap<_, K, FlowState> =
-                HashMap::try_from(&mut *table).map_err(map_error("open", name))?;
-            reading.state = map.get(&key, 0).map_err(map_error("read", name))?;
-            if idle(&reading.state) {
-                reading.state = remove(table, name, &key)?.unwrap_or(reading.state);
-                reading.retired = true;
-            }
-        }
-        out.push(reading);
+const OPENED_BYTES: usize = size_of::<FlowOpened>();
+const EVICTED_BYTES: usize = size_of::<Evicted>();
+
+fn evicted(bytes: &[u8]) -> Option<Evicted> {
+    let mut rest = bytes;
+    let (slot, family) = (u32::from_ne_bytes(next(&mut rest)?), u32::from_ne_bytes(next(&mut rest)?));
+    let mut words = [0; SLOT_WORDS];
+    for word in &mut words {
+        *word = u64::from_ne_bytes(next(&mut rest)?);
     }
-    Ok(())
+    rest.is_empty().then_some(Evicted { slot, family, words })
 }
 
-/// `ENOTSUPP`, which the kernel uses but no libc names.
-const ENOTSUPP: i32 = 524;
-
-/// Removes an entry; returns its last state where the kernel can do both in one step.
-fn remove<K: Pod>(table: &mut Map, name: &'static str, key: &K) -> Result<Option<FlowState>, KernelError> {
-    let failed = |source| KernelError::Sweep { name, source };
-    match sys::take(fd(table).map_err(failed)?, key) {
-        Ok(state) => Ok(state),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | ENOTSUPP)) => {
-            let mut map: HashMap<_, K, FlowState> =
-                HashMap::try_from(table).map_err(map_error("open", name))?;
-            let last = map.get(key, 0).map_err(map_error("read", name))?;
-            map.remove(key).map_err(map_error("remove an entry of", name))?;
-            Ok(Some(last))
-        }
-        Err(error) => Err(failed(error)),
-    }
-}
-
-fn fd(table: &Map) -> io::Result<BorrowedFd<'_>> {
-    use std::os::fd::AsFd as _;
-    match table {
-        Map::HashMap(data) => Ok(data.fd().as_fd()),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "not a hash map")),
-    }
-}
-
-/// A record of the ring buffer, field by field. `None` unless the length is right.
-pub(super) fn flow_opened(bytes: &[u8]) -> Option<FlowOpened> {
+/// Field by field. `None` unless the length is right.
+fn flow_opened(bytes: &[u8]) -> Option<FlowOpened> {
     if bytes.len() != size_of::<FlowOpened>() {
         return None;
     }
@@ -187,8 +171,7 @@ pub(super) fn flow_opened(bytes: &[u8]) -> Option<FlowOpened> {
         remote_addr: next(&mut rest)?,
         first_ns: u64::from_ne_bytes(next(&mut rest)?),
         bytes: u32::from_ne_bytes(next(&mut rest)?),
-        header_bytes: u16::from_ne_bytes(next(&mut rest)?),
-        packets: u16::from_ne_bytes(next(&mut rest)?),
+        payload: u32::from_ne_bytes(next(&mut rest)?),
         ifindex: u32::from_ne_bytes(next(&mut rest)?),
         local_port: u16::from_ne_bytes(next(&mut rest)?),
         remote_port: u16::from_ne_bytes(next(&mut rest)?),
@@ -198,7 +181,7 @@ pub(super) fn flow_opened(bytes: &[u8]) -> Option<FlowOpened> {
         class: u8::from_ne_bytes(next(&mut rest)?),
         opened: u8::from_ne_bytes(next(&mut rest)?),
         hints: u8::from_ne_bytes(next(&mut rest)?),
-        stored: u8::from_ne_bytes(next(&mut rest)?),
+        pad: u8::from_ne_bytes(next(&mut rest)?),
     };
     rest.is_empty().then_some(record)
 }
@@ -211,8 +194,6 @@ fn next<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
 
 #[cfg(test)]
 mod tests {
-    use netmon_common::abi::STORED;
-
     use super::*;
 
     #[test]
@@ -223,16 +204,12 @@ mod tests {
         assert_eq!(record.remote_addr[0], 16);
         assert_eq!(record.first_ns.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, first_ns) as u8);
         assert_eq!(record.bytes.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, bytes) as u8);
-        assert_eq!(
-            record.header_bytes.to_ne_bytes()[0],
-            std::mem::offset_of!(FlowOpened, header_bytes) as u8
-        );
-        assert_eq!(record.packets.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, packets) as u8);
+        assert_eq!(record.payload.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, payload) as u8);
         assert_eq!(record.ifindex.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, ifindex) as u8);
         assert_eq!(record.local_port.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, local_port) as u8);
         assert_eq!(record.label.to_ne_bytes()[0], std::mem::offset_of!(FlowOpened, label) as u8);
         assert_eq!(record.family, std::mem::offset_of!(FlowOpened, family) as u8);
-        assert_eq!(record.stored, std::mem::offset_of!(FlowOpened, stored) as u8);
+        assert_eq!(record.hints, std::mem::offset_of!(FlowOpened, hints) as u8);
     }
 
     #[test]
@@ -243,26 +220,14 @@ mod tests {
     }
 
     #[test]
-    fn only_a_record_without_an_entry_in_the_table_stands_for_its_packet() {
-        let mut record = flow_opened(&[7; 64]).unwrap();
-        record.family = 6;
-        for stored in [0, STORED, 4, 255] {
-            record.stored = stored;
-            assert_eq!(FlowReading::unstored(&record), None);
-        }
-        record.stored = NOT_STORED_TX;
-        let sent = FlowReading::unstored(&record).unwrap().state;
-        record.stored = NOT_STORED_RX;
-        let received = FlowReading::unstored(&record).unwrap().state;
-        let counted = (record.packets.into(), record.bytes.into(), record.payload().into());
-        assert_eq!((sent.tx_packets, sent.tx_bytes, sent.tx_payload), counted);
-        assert_eq!((received.rx_packets, received.rx_bytes, received.rx_payload), counted);
-        assert_eq!((sent.rx_packets, sent.rx_bytes, sent.rx_payload), (0, 0, 0));
-        assert_eq!((received.tx_packets, received.tx_bytes, received.tx_payload), (0, 0, 0));
-        assert_eq!(
-            (sent.first_ns, sent.burst_ns, sent.last_ns),
-            (record.first_ns, sent.first_ns, sent.first_ns)
-        );
+    fn records_are_told_apart_by_their_lengths() {
+        assert!(matches!(record(&[1; 64]), Some(Record::Opened(_))));
+        let bytes: Vec<u8> = (0..136).collect();
+        let Some(Record::Evicted(evicted)) = record(&bytes) else { panic!() };
+        assert_eq!(evicted.slot.to_ne_bytes(), [0, 1, 2, 3]);
+        assert_eq!(evicted.family.to_ne_bytes(), [4, 5, 6, 7]);
+        assert_eq!(evicted.words[15].to_ne_bytes(), [128, 129, 130, 131, 132, 133, 134, 135]);
+        assert_eq!(record(&[1; 72]), None);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! The kernel's border: loads the programs, attaches them, fills their tries and reads what they count.
 //!
-//! A thin shell: nothing is decided here but what the kernel demands. All calls are synchronous and short (a sweep
-//! of a full table takes some milliseconds). Names of maps and programs, and what they mean: docs/bpftool.md and
+//! A thin shell: nothing is decided here but what the kernel demands. All calls are synchronous and short. Names of maps and programs, and what they mean: docs/bpftool.md and
 //! [`netmon_common::abi`].
 //!
 //! Attachments are not pinned: they end with the process, however it ends (clsact filters of a killed agent excepted,
@@ -16,18 +15,26 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use std::sync::atomic::Ordering;
+
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, Map, MapData, MapError, RingBuf},
     programs::{Program, SchedClassifier, Xdp},
 };
 use ipnet::IpNet;
 use netmon_common::{
     abi::{
-        Config, Flow4Key, Flow6Key, FlowOpened, FlowState, MAX_FLOWS, MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES,
-        RING_BYTES, Stats, maps, programs,
+        Config, CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, HASH_KEYS, MAX_FLOWS,
+        MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, Slot4, Slot6, Stats, WAYS, maps,
+        programs,
     },
     model::Hook,
+};
+
+use self::{
+    flows::{Record, ShownKey},
+    table::{Mapping, Scope, Table},
 };
 
 mod attach;
@@ -37,10 +44,11 @@ mod netlink;
 mod prefixes;
 mod preflight;
 mod sys;
+mod table;
 
 pub use self::{
     error::KernelError,
-    flows::{FlowId, FlowReading},
+    flows::{FlowDelta, FlowId, Moved},
     prefixes::PrefixChange,
     preflight::check as preflight,
 };
@@ -99,7 +107,8 @@ impl Default for LoadOptions {
 /// Sizes of the maps; the default is what [`netmon_common::abi`] names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Entries in each flow table.
+    /// Slots in each flow table, over all CPUs: 128 bytes each. Rounded down to what the CPUs can share evenly, but
+    /// each has 64 at least.
     pub flows: u32,
     /// Prefixes in each trie of private networks.
     pub lan_prefixes: u32,
@@ -120,6 +129,66 @@ impl Default for Sizes {
     }
 }
 
+/// How long a packet may take from the clock's reading to its counts: the time that a virtual CPU may stand still in
+/// between. What takes longer is found by the next sweep of everything.
+const LATE_NS: u64 = 1_000_000_000;
+/// Everything is swept this often.
+pub const SWEEP_ALL_NS: u64 = 10_000_000_000;
+
+/// Sizes for the programs: as many sets for each CPU as `slots` in all allow, in whole regions.
+fn configuration(slots: u32, cpus: usize) -> Result<Config, KernelError> {
+    let cpus = u32::try_from(cpus.max(1)).unwrap_or(u32::MAX);
+    let region_slots = (REGION_SETS * WAYS) as u32;
+    let regions_each = (slots / cpus / region_slots).max(1);
+    let mut hash_keys = [0; HASH_KEYS];
+    for key in &mut hash_keys {
+        *key = getrandom::u64().map_err(KernelError::Random)?;
+    }
+    Ok(Config {
+        generation: 0,
+        sets: regions_each * REGION_SETS as u32,
+        regions: regions_each * cpus,
+        pad: 0,
+        hash_keys,
+    })
+}
+
+fn array(map: &Map) -> Result<&MapData, KernelError> {
+    match map {
+        Map::Array(data) => Ok(data),
+        _ => Err(KernelError::Missing { name: "an array map" }),
+    }
+}
+
+fn memory_error(name: &'static str) -> impl Fn(io::Error) -> KernelError {
+    move |source| KernelError::MapMemory { name, source }
+}
+
+/// One CPU's statistics, word by word.
+fn cpu_stats(mapping: &Mapping, cpu: usize) -> Stats {
+    let first = cpu * (size_of::<CpuStats>() / 8);
+    let word = |offset: usize| mapping.word(first + offset / 8).load(Ordering::Relaxed);
+    macro_rules! read {
+        ($($field:ident),*) => {
+            Stats { $($field: word(std::mem::offset_of!(Stats, $field))),* }
+        };
+    }
+    read!(
+        seen,
+        counted,
+        counted_bytes,
+        not_ip,
+        not_ip_bytes,
+        other_protocol,
+        other_protocol_bytes,
+        malformed,
+        malformed_bytes,
+        table_full,
+        table_full_bytes,
+        ring_full
+    )
+}
+
 /// All TC programs, with what they are called in the kernel.
 const TC_PROGRAMS: [&str; 4] =
     [programs::TC_INGRESS, programs::TC_EGRESS, programs::TC_L3_INGRESS, programs::TC_L3_EGRESS];
@@ -134,18 +203,27 @@ pub struct Kernel {
     /// False once the kernel has said that it has no TCX.
     tcx: bool,
     ebpf: Ebpf,
-    tables: Tables,
-    stats: PerCpuArray<MapData, Stats>,
-    config: Array<MapData, Config>,
+    tries: Tries,
+    table4: Table<Slot4>,
+    table6: Table<Slot6>,
+    touched: Mapping,
+    shown4: HashMap<MapData, Flow4Key, FlowState>,
+    shown6: HashMap<MapData, Flow6Key, FlowState>,
+    cpus: usize,
+    stats: Mapping,
+    config: Config,
+    config_map: Array<MapData, Config>,
     events: RingBuf<MapData>,
-    /// Records of the ring buffer that had a wrong length.
+    /// Most records that the ring can hold.
+    ring_records: usize,
+    /// Records of the ring buffer that make no sense.
     refused_records: u64,
-    generation: u32,
+    /// Boot times of the last sweep and of the last one of everything.
+    swept_ns: u64,
+    swept_all_ns: Option<u64>,
 }
 
-struct Tables {
-    flows4: Map,
-    flows6: Map,
+struct Tries {
     lan4: Map,
     lan6: Map,
     mute4: Map,
@@ -157,7 +235,7 @@ impl std::fmt::Debug for Kernel {
         f.debug_struct("Kernel")
             .field("options", &self.options)
             .field("attached", &self.attached)
-            .field("generation", &self.generation)
+            .field("config", &self.config)
             .finish_non_exhaustive()
     }
 }
@@ -181,9 +259,14 @@ impl Kernel {
 
     fn load_and_pin(options: LoadOptions) -> Result<Self, KernelError> {
         let sizes = options.sizes;
+        let cpus = aya::util::nr_cpus().map_err(|(file, source)| KernelError::Cpus { file, source })?;
+        let config = configuration(sizes.flows, cpus)?;
+        let sets = config.regions * REGION_SETS as u32;
         let mut ebpf = EbpfLoader::new()
-            .map_max_entries(maps::FLOWS4, sizes.flows)
-            .map_max_entries(maps::FLOWS6, sizes.flows)
+            .map_max_entries(maps::TABLE4, sets)
+            .map_max_entries(maps::TABLE6, sets)
+            .map_max_entries(maps::TOUCHED, 2 * config.regions)
+            .map_max_entries(maps::STATS, cpus as u32)
             .map_max_entries(maps::LAN4, sizes.lan_prefixes)
             .map_max_entries(maps::LAN6, sizes.lan_prefixes)
             .map_max_entries(maps::MUTE4, sizes.muted_prefixes)
@@ -208,34 +291,47 @@ impl Kernel {
             map.pin(directory.join(name)).map_err(pin_error(name, directory))?;
             Ok(map)
         };
-        let tables = Tables {
-            flows4: take(maps::FLOWS4)?,
-            flows6: take(maps::FLOWS6)?,
+        let tries = Tries {
             lan4: take(maps::LAN4)?,
             lan6: take(maps::LAN6)?,
             mute4: take(maps::MUTE4)?,
             mute6: take(maps::MUTE6)?,
         };
-        // The sizes of keys and values are compared here, once for all sweeps.
-        HashMap::<_, Flow4Key, FlowState>::try_from(&tables.flows4)
-            .map_err(map_error("open", maps::FLOWS4))?;
-        HashMap::<_, Flow6Key, FlowState>::try_from(&tables.flows6)
-            .map_err(map_error("open", maps::FLOWS6))?;
-        let stats = PerCpuArray::try_from(take(maps::STATS)?).map_err(map_error("open", maps::STATS))?;
-        let config = Array::try_from(take(maps::CONFIG)?).map_err(map_error("open", maps::CONFIG))?;
+        take(maps::FRAGMENTS)?;
+        let shown4 = HashMap::try_from(take(maps::FLOWS4)?).map_err(map_error("open", maps::FLOWS4))?;
+        let shown6 = HashMap::try_from(take(maps::FLOWS6)?).map_err(map_error("open", maps::FLOWS6))?;
+        let regions = config.regions as usize;
+        let table4 = take(maps::TABLE4)?;
+        let table4 = Table::new(array(&table4)?, regions, 0).map_err(memory_error(maps::TABLE4))?;
+        let table6 = take(maps::TABLE6)?;
+        let table6 = Table::new(array(&table6)?, regions, regions).map_err(memory_error(maps::TABLE6))?;
+        let touched = Mapping::new(array(&take(maps::TOUCHED)?)?).map_err(memory_error(maps::TOUCHED))?;
+        let stats = Mapping::new(array(&take(maps::STATS)?)?).map_err(memory_error(maps::STATS))?;
+        let mut config_map = Array::try_from(take(maps::CONFIG)?).map_err(map_error("open", maps::CONFIG))?;
+        // Before anything is attached: without it there are no sets.
+        config_map.set(0, config, 0).map_err(map_error("write", maps::CONFIG))?;
         let ring = RingBuf::try_from(take(maps::EVENTS)?).map_err(map_error("open", maps::EVENTS))?;
         Ok(Self {
             tcx: options.tc == TcKind::Best,
+            ring_records: sizes.ring_bytes as usize / size_of::<FlowOpened>(),
             options,
             pinned: true,
             attached: BTreeMap::new(),
             ebpf,
-            tables,
+            tries,
+            table4,
+            table6,
+            touched,
+            shown4,
+            shown6,
+            cpus,
             stats,
             config,
+            config_map,
             events: ring,
             refused_records: 0,
-            generation: 0,
+            swept_ns: 0,
+            swept_all_ns: None,
         })
     }
 
@@ -266,6 +362,18 @@ impl Kernel {
             Some(attached) => attached.detach().map(|()| true),
             None => Ok(false),
         }
+    }
+
+    /// Stops watching all interfaces. What was counted can still be read.
+    ///
+    /// # Errors
+    /// The first failure, as of [`Self::detach`]; the rest is tried nevertheless.
+    pub fn detach_all(&mut self) -> Result<(), KernelError> {
+        let mut result = Ok(());
+        for (_, attached) in std::mem::take(&mut self.attached) {
+            result = result.and(attached.detach());
+        }
+        result
     }
 
     /// Asks the kernel whether every attachment is still there, and returns the indexes of the interfaces where one
@@ -329,62 +437,121 @@ impl Kernel {
                 return Err(KernelError::TooManyPrefixes { what, count, limit });
             }
         }
-        let tables = &mut self.tables;
-        let mut change = prefixes::refill(&mut tables.lan4, maps::LAN4, &lan4)?;
-        change += prefixes::refill(&mut tables.lan6, maps::LAN6, &lan6)?;
-        change += prefixes::refill(&mut tables.mute4, maps::MUTE4, &mute4)?;
-        change += prefixes::refill(&mut tables.mute6, maps::MUTE6, &mute6)?;
+        let tries = &mut self.tries;
+        let mut change = prefixes::refill(&mut tries.lan4, maps::LAN4, &lan4)?;
+        change += prefixes::refill(&mut tries.lan6, maps::LAN6, &lan6)?;
+        change += prefixes::refill(&mut tries.mute4, maps::MUTE4, &mute4)?;
+        change += prefixes::refill(&mut tries.mute6, maps::MUTE6, &mute6)?;
         // Last: a flow that is classified again under this generation finds all of it.
-        self.generation = self.generation.wrapping_add(1);
-        let config = Config { generation: self.generation, pad: 0 };
-        self.config.set(0, config, 0).map_err(map_error("write", maps::CONFIG))?;
+        self.config.generation = self.config.generation.wrapping_add(1);
+        self.config_map.set(0, self.config, 0).map_err(map_error("write", maps::CONFIG))?;
         Ok(change)
     }
 
-    /// Appends a reading of every flow to `out`, in no order, and removes flows that were idle for
-    /// `retire_after_ns` at the boot time `now_boot_ns`; their last reading says so.
+    /// Appends what every flow has moved since it was last read, in no order; a flow may come several times (once for
+    /// each CPU, and once more when it lost its slot). `now_boot_ns` is the boot time.
     ///
-    /// # Errors
-    /// [`KernelError::Sweep`], [`KernelError::Map`]; what was read before stays in `out`.
-    pub fn sweep(
-        &mut self,
-        now_boot_ns: u64,
-        retire_after_ns: u64,
-        out: &mut Vec<FlowReading>,
-    ) -> Result<(), KernelError> {
-        let Tables { flows4, flows6, .. } = &mut self.tables;
-        flows::sweep_table::<Flow4Key>(flows4, maps::FLOWS4, now_boot_ns, retire_after_ns, out)?;
-        flows::sweep_table::<Flow6Key>(flows6, maps::FLOWS6, now_boot_ns, retire_after_ns, out)
+    /// No system call, and only the regions of the tables that were written to lately are looked at; all of them every
+    /// [`SWEEP_ALL_NS`].
+    pub fn sweep(&mut self, now_boot_ns: u64, out: &mut Vec<FlowDelta>) {
+        let all = self.swept_all_ns.is_none_or(|at| now_boot_ns.saturating_sub(at) >= SWEEP_ALL_NS);
+        if all {
+            self.swept_all_ns = Some(now_boot_ns);
+        }
+        let since = std::mem::replace(&mut self.swept_ns, now_boot_ns).saturating_sub(LATE_NS);
+        self.sweep_scope(if all { Scope::Everything } else { Scope::Since(since) }, now_boot_ns, out);
+    }
+
+    /// [`Self::sweep`] of everything, whenever it was written to.
+    pub fn sweep_all(&mut self, now_boot_ns: u64, out: &mut Vec<FlowDelta>) {
+        self.sweep_scope(Scope::Everything, now_boot_ns, out);
+    }
+
+    fn sweep_scope(&mut self, scope: Scope, now_ns: u64, out: &mut Vec<FlowDelta>) {
+        self.table4.read(&self.touched, scope, now_ns, out);
+        self.table6.read(&self.touched, scope, now_ns, out);
+        // What has changed hands is in the ring by now, within the next so many records.
+        self.take_records(now_ns, out);
+        self.table4.read_changed(now_ns, out);
+        self.table6.read_changed(now_ns, out);
+    }
+
+    /// Empties the ring buffer: appends what flows that lost their slots had moved, and returns how many flows were
+    /// announced. At most as many records as the ring holds, so that a flood cannot keep the caller here.
+    pub fn take_records(&mut self, now_boot_ns: u64, out: &mut Vec<FlowDelta>) -> u64 {
+        let mut opened = 0;
+        for _ in 0..self.ring_records {
+            match self.next_record() {
+                Some(Record::Opened(_)) => opened += 1,
+                Some(Record::Evicted(evicted)) => self.take_evicted(&evicted, now_boot_ns, out),
+                None => break,
+            }
+        }
+        opened
+    }
+
+    /// The next "flow opened" record, or `None` when the ring is empty; what flows that lost their slots had moved is
+    /// appended.
+    pub fn next_opened(&mut self, now_boot_ns: u64, out: &mut Vec<FlowDelta>) -> Option<FlowOpened> {
+        loop {
+            match self.next_record()? {
+                Record::Opened(opened) => return Some(opened),
+                Record::Evicted(evicted) => self.take_evicted(&evicted, now_boot_ns, out),
+            }
+        }
+    }
+
+    fn next_record(&mut self) -> Option<Record> {
+        loop {
+            let item = self.events.next()?;
+            match flows::record(&item) {
+                Some(record) => return Some(record),
+                None => self.refused_records += 1,
+            }
+        }
+    }
+
+    fn take_evicted(&mut self, evicted: &Evicted, now_ns: u64, out: &mut Vec<FlowDelta>) {
+        let taken = match evicted.family {
+            4 => self.table4.take_evicted(evicted, now_ns, out),
+            6 => self.table6.take_evicted(evicted, now_ns, out),
+            _ => false,
+        };
+        if !taken {
+            self.refused_records += 1;
+        }
+    }
+
+    /// Shows a flow in the maps for people (`nm_flows4`, `nm_flows6`). False: these are full.
+    pub fn show(&mut self, flow: &FlowId, state: &FlowState) -> bool {
+        match ShownKey::from(flow) {
+            ShownKey::V4(key) => self.shown4.insert(key, state, 0).is_ok(),
+            ShownKey::V6(key) => self.shown6.insert(key, state, 0).is_ok(),
+        }
+    }
+
+    /// Shows a flow no longer.
+    pub fn hide(&mut self, flow: &FlowId) {
+        // It may not be there: the maps may have been full.
+        let _ = match ShownKey::from(flow) {
+            ShownKey::V4(key) => self.shown4.remove(&key),
+            ShownKey::V6(key) => self.shown6.remove(&key),
+        };
     }
 
     /// What became of every frame since the programs were loaded, over all CPUs. The CPUs are read one after the
     /// other while they count on, so a sum may be a frame apart from another one.
-    ///
-    /// # Errors
-    /// [`KernelError::Map`].
-    pub fn stats(&self) -> Result<Stats, KernelError> {
-        let cpus = self.stats.get(&0, 0).map_err(map_error("read", maps::STATS))?;
-        Ok(cpus.iter().fold(Stats::default(), |sum, cpu| add(sum, *cpu)))
+    pub fn stats(&self) -> Stats {
+        (0..self.cpus).map(|cpu| cpu_stats(&self.stats, cpu)).fold(Stats::default(), add)
     }
 
     /// A descriptor of the ring buffer that becomes readable when records arrive (for `AsyncFd`). Readiness is
-    /// told once per arrival: after it, call [`Self::next_opened`] until it returns `None`.
+    /// told once per arrival: after it, call [`Self::take_records`].
     ///
     /// # Errors
     /// Too many open files.
     pub fn ring_fd(&self) -> io::Result<OwnedFd> {
         self.events.as_fd().try_clone_to_owned()
-    }
-
-    /// The next "flow opened" record, or `None` when all are read.
-    pub fn next_opened(&mut self) -> Option<FlowOpened> {
-        loop {
-            let item = self.events.next()?;
-            match flows::flow_opened(&item) {
-                Some(record) => return Some(record),
-                None => self.refused_records += 1,
-            }
-        }
     }
 
     /// Records of the ring buffer that had a wrong length. Above 0 only if agent and programs do not fit together.
@@ -403,10 +570,7 @@ impl Kernel {
 
     /// A second call finds nothing to do.
     fn leave(&mut self) -> Result<(), KernelError> {
-        let mut result = Ok(());
-        for (_, attached) in std::mem::take(&mut self.attached) {
-            result = result.and(attached.detach());
-        }
+        let mut result = self.detach_all();
         if std::mem::take(&mut self.pinned) {
             result = result.and(remove_directory(&self.options.pin_dir));
         }

@@ -7,7 +7,7 @@ use std::{
 
 use aya::{
     EbpfLoader,
-    maps::{Map, MapData, PerCpuArray},
+    maps::{Array, Map, MapData},
     programs::{
         LinkOrder, SchedClassifier, TcAttachType,
         tc::{NlOptions, TcAttachOptions},
@@ -15,7 +15,7 @@ use aya::{
 };
 use netmon_agent::kernel::{Kernel, KernelError, Mode, OBJECT, TcKind};
 use netmon_common::{
-    abi::{IPPROTO_TCP, IPPROTO_UDP, OPENED_HERE, OPENED_THERE, Stats, maps, programs},
+    abi::{CpuStats, IPPROTO_TCP, IPPROTO_UDP, OPENED_HERE, OPENED_THERE, Stats, maps, programs},
     model::Hook,
 };
 
@@ -135,7 +135,7 @@ fn counted(stats: &Stats) -> (u64, u64) {
     (stats.seen, stats.counted_bytes + stats.other_protocol_bytes + 14 * ip + stats.not_ip_bytes)
 }
 
-fn check_flows(a: &mut Kernel, b: &mut Kernel) {
+fn check_flows(a: &mut Loaded, b: &mut Loaded) {
     let (a, b) = (flows(a), flows(b));
     for family in [4, 6] {
         let header = if family == 4 { 20 } else { 40 };
@@ -210,17 +210,17 @@ fn xdp_counts_what_arrives_and_tc_what_leaves_without_counting_twice() {
 }
 
 /// A program of someone else on the same hook: another copy of ours, with maps of its own.
-fn neighbour(options: TcAttachOptions) -> (PerCpuArray<MapData, Stats>, aya::Ebpf) {
+fn neighbour(options: TcAttachOptions) -> (Array<MapData, CpuStats>, aya::Ebpf) {
     let mut ebpf = EbpfLoader::new().load(OBJECT).unwrap();
     let program: &mut SchedClassifier = ebpf.program_mut(programs::TC_INGRESS).unwrap().try_into().unwrap();
     program.load().unwrap();
     program.attach_with_options("v", TcAttachType::Ingress, options).unwrap();
-    let stats = PerCpuArray::try_from(ebpf.take_map(maps::STATS).unwrap()).unwrap();
+    let stats = Array::try_from(ebpf.take_map(maps::STATS).unwrap()).unwrap();
     (stats, ebpf)
 }
 
-fn seen(stats: &PerCpuArray<MapData, Stats>) -> u64 {
-    stats.get(&0, 0).unwrap().iter().map(|cpu| cpu.seen).sum()
+fn seen(stats: &Array<MapData, CpuStats>) -> u64 {
+    stats.iter().map(|cpu| cpu.unwrap().stats.seen).sum()
 }
 
 #[test]
@@ -441,14 +441,17 @@ fn an_interface_without_ethernet_header_is_counted_from_its_ip_header() {
 #[test]
 fn bpftool_prints_the_flow_table_with_field_names() {
     let pair = Pair::new(65_535);
-    let (kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Best);
+    let (mut kernel, _) = watch(&pair.a, Mode::Tc, TcKind::Best);
     pair.up();
     pair.talk();
+    // As the agent does it every second.
+    for (flow, state) in flows(&mut kernel) {
+        assert!(kernel.show(&flow, &state));
+    }
     let pins = pair.a.bpffs.join("netmon");
     let show = |arguments: String| pair.a.run(move || sh("bpftool", &arguments));
     let dump = show(format!("map dump pinned {}", pins.join(maps::FLOWS4).display()));
-    for field in ["\"local_addr\"", "\"remote_port\": ", "\"tx_payload\": ", "\"burst_ns\": ", "\"class\": "]
-    {
+    for field in ["\"local_addr\"", "\"remote_port\": ", "\"tx_payload\": ", "\"last_ns\": ", "\"class\": "] {
         assert!(dump.contains(field), "{field} in {dump}");
     }
     // With `--nocapture`, what docs/bpftool.md shows.
@@ -483,8 +486,8 @@ fn statistics_can_be_read_through_the_pin() {
     pair.talk();
     let pin = pair.a.bpffs.join("netmon").join(maps::STATS);
     let pinned = pair.a.run(move || {
-        let map = Map::PerCpuArray(MapData::from_pin(pin).unwrap());
-        seen(&PerCpuArray::try_from(map).unwrap())
+        let map = Map::Array(MapData::from_pin(pin).unwrap());
+        seen(&Array::try_from(map).unwrap())
     });
     assert!(pinned > 0 && pinned <= stats(&kernel).seen);
 }

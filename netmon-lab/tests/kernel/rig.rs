@@ -12,8 +12,8 @@ use std::{
 
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions, Xdp};
 use aya_obj::programs::XdpAttachType;
-use netmon_agent::kernel::{FlowId, FlowReading, Kernel, KernelError, LoadOptions};
-use netmon_common::abi::{FlowOpened, FlowState, Stats, programs};
+use netmon_agent::kernel::{FlowDelta, FlowId, Kernel, KernelError, LoadOptions};
+use netmon_common::abi::{FlowOpened, FlowState, OPENED_UNKNOWN, Stats, programs};
 use rustix::{
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
     process::geteuid,
@@ -85,7 +85,12 @@ impl Host {
     pub fn load(&self, options: LoadOptions) -> Loaded {
         let kernel =
             self.run(move || Kernel::load(options)).unwrap_or_else(|error| panic!("{}", chain(&error)));
-        Loaded { kernel: Some(kernel), jobs: self.jobs.clone().unwrap() }
+        Loaded {
+            kernel: Some(kernel),
+            jobs: self.jobs.clone().unwrap(),
+            flows: BTreeMap::new(),
+            opened: Vec::new(),
+        }
     }
 
     pub fn ifindex(&self, name: &str) -> u32 {
@@ -108,6 +113,10 @@ impl Drop for Host {
 pub struct Loaded {
     kernel: Option<Kernel>,
     jobs: mpsc::Sender<Job>,
+    /// What was read so far.
+    flows: BTreeMap<FlowId, FlowState>,
+    /// Records that were read and not asked for yet.
+    opened: Vec<FlowOpened>,
 }
 
 impl Loaded {
@@ -122,6 +131,39 @@ impl Loaded {
         let (kernel, answer) = wait.recv().expect("the job in the host panicked");
         self.kernel = Some(kernel);
         answer
+    }
+
+    /// Adds up what was read.
+    pub fn take_in(&mut self, mut deltas: Vec<FlowDelta>) {
+        deltas.sort_by_key(|delta| delta.first_ns);
+        for delta in deltas {
+            let state = self.flows.entry(delta.flow).or_insert_with(|| FlowState {
+                first_ns: delta.first_ns,
+                opened: delta.opened,
+                ifindex: delta.ifindex,
+                ..FlowState::default()
+            });
+            let moved = delta.moved;
+            state.tx_packets += moved.tx_packets;
+            state.rx_packets += moved.rx_packets;
+            state.tx_bytes += moved.tx_bytes;
+            state.rx_bytes += moved.rx_bytes;
+            state.tx_payload += moved.tx_payload;
+            state.rx_payload += moved.rx_payload;
+            if state.opened == OPENED_UNKNOWN {
+                state.opened = delta.opened;
+            }
+            state.last_ns = state.last_ns.max(delta.last_ns);
+            (state.class, state.label) = (delta.class, delta.label);
+            state.tcp_flags |= delta.tcp_flags;
+            state.hints |= delta.hints;
+        }
+    }
+
+    /// Forgets what was read.
+    pub fn forget(&mut self) {
+        flows(self);
+        self.flows.clear();
     }
 
     /// A clean end.
@@ -279,23 +321,39 @@ impl Bench {
     }
 
     pub fn opened(&mut self) -> Vec<FlowOpened> {
-        std::iter::from_fn(|| self.kernel.next_opened()).collect()
+        take_records(&mut self.kernel);
+        std::mem::take(&mut self.kernel.opened)
     }
+}
+
+/// Boot clock, nanoseconds.
+pub fn now() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// The statistics, after checking that every frame is in exactly one of them.
 pub fn stats(kernel: &Kernel) -> Stats {
-    let stats = kernel.stats().unwrap();
+    let stats = kernel.stats();
     let sum = stats.counted + stats.not_ip + stats.other_protocol + stats.malformed + stats.table_full;
     assert_eq!(stats.seen, sum, "{stats:?}");
     stats
 }
 
-pub fn flows(kernel: &mut Kernel) -> BTreeMap<FlowId, FlowState> {
-    let mut readings = Vec::<FlowReading>::new();
-    kernel.sweep(0, u64::MAX, &mut readings).unwrap();
-    let count = readings.len();
-    let flows: BTreeMap<_, _> = readings.into_iter().map(|reading| (reading.flow, reading.state)).collect();
-    assert_eq!(flows.len(), count, "a flow was read twice");
-    flows
+fn take_records(kernel: &mut Loaded) {
+    let mut deltas = Vec::new();
+    let now = now();
+    while let Some(opened) = kernel.next_opened(now, &mut deltas) {
+        kernel.opened.push(opened);
+    }
+    kernel.take_in(deltas);
+}
+
+/// Every flow with the sum of all that it has moved.
+pub fn flows(kernel: &mut Loaded) -> BTreeMap<FlowId, FlowState> {
+    take_records(kernel);
+    let mut deltas = Vec::new();
+    kernel.sweep_all(now(), &mut deltas);
+    kernel.take_in(deltas);
+    kernel.flows.clone()
 }

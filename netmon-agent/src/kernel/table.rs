@@ -1,0 +1,381 @@
+//! Reading the flow tables without system calls and without locks, while the programs write to them.
+//!
+//! A slot has one writer, the CPU that it belongs to (`netmon-ebpf`, flow.rs). Nobody waits for anybody:
+//!
+//! * A packet adds to the other counters first and to the packets' word last. Whoever reads that word first has at least
+//!   the bytes of these packets; what came later is read the next time.
+//! * A slot changes hands in this order: a record of what the agent has not read goes into the ring; the incarnation becomes
+//!   0; the fields are written; the incarnation becomes the next one. Whoever reads the same incarnation before and after
+//!   has read one flow, and whoever sees another incarnation than the last time finds that one's record in the ring.
+//! * What was read is told to the program: the packets' word, then the incarnation. If both are still the slot's, the flow
+//!   may be replaced without a record.
+//!
+//! So every count arrives once: as the difference between two readings, or between the last reading and the record. All of
+//! this rests on stores and loads of different CPUs being seen in program order, as on x86-64.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, BorrowedFd},
+    ptr::NonNull,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
+};
+
+use aya::maps::MapData;
+use netmon_common::abi::{
+    Counts, Evicted, Life, Ports, REGION_SETS, SLOT_WORDS, Slot4, Slot6, TICK_NS, TICK_SHIFT, WAYS,
+};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::flows::{FlowDelta, FlowId, Moved};
+
+/// The values of an array map that may be mapped (`BPF_F_MMAPABLE`).
+#[derive(Debug)]
+pub(super) struct Mapping {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: nothing but the address of memory that belongs to the process; it is read and written by atomics.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    /// Maps all values.
+    pub fn new(map: &MapData) -> io::Result<Self> {
+        let info = map.info().map_err(io::Error::other)?;
+        let value = (info.value_size() as usize).next_multiple_of(8);
+        let bytes = value * info.max_entries() as usize;
+        Self::map(map.fd().as_fd(), bytes)
+    }
+
+    fn map(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<Self> {
+        let bytes = bytes.next_multiple_of(rustix::param::page_size());
+        // SAFETY: a new mapping, at a place that the kernel chooses.
+        let start = unsafe {
+            mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, 0)?
+        };
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { start, bytes })
+    }
+
+    /// The word of eight bytes with this number.
+    pub fn word(&self, number: usize) -> &AtomicU64 {
+        assert!(number < self.bytes / 8, "a word behind the end of a map");
+        // SAFETY: inside of the mapping, which lives as long as `self`, and aligned, because it starts on a page.
+        unsafe { self.start.cast::<AtomicU64>().add(number).as_ref() }
+    }
+
+    /// The word of four bytes with this number.
+    fn half(&self, number: usize) -> &AtomicU32 {
+        assert!(number < self.bytes / 4, "a word behind the end of a map");
+        // SAFETY: as above.
+        unsafe { self.start.cast::<AtomicU32>().add(number).as_ref() }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map`, and every reference into it lives shorter than `self`.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}
+
+/// How a family's slots are read.
+pub(super) trait Layout: Copy {
+    /// Offsets in a slot, bytes.
+    const COUNTS: usize;
+    const LIFE: usize;
+
+    fn of(words: [u64; SLOT_WORDS]) -> Self;
+    fn flow(&self) -> FlowId;
+    fn parts(&self) -> (&Ports, &Counts, &Life);
+}
+
+macro_rules! layout {
+    ($slot:ty, $address:ty) => {
+        impl Layout for $slot {
+            const COUNTS: usize = std::mem::offset_of!($slot, counts);
+            const LIFE: usize = std::mem::offset_of!($slot, life);
+
+            fn of(words: [u64; SLOT_WORDS]) -> Self {
+                // SAFETY: as many bytes (the border proves it), and every pattern is a value of a slot.
+                unsafe { std::mem::transmute(words) }
+            }
+
+            fn flow(&self) -> FlowId {
+                FlowId {
+                    local: (<$address>::from(self.local_addr), self.ports.local_port).into(),
+                    remote: (<$address>::from(self.remote_addr), self.ports.remote_port).into(),
+                    protocol: self.ports.protocol,
+                }
+            }
+
+            fn parts(&self) -> (&Ports, &Counts, &Life) {
+                (&self.ports, &self.counts, &self.life)
+            }
+        }
+    };
+}
+layout!(Slot4, std::net::Ipv4Addr);
+layout!(Slot6, std::net::Ipv6Addr);
+
+/// What was read of a slot. Incarnation 0: nothing yet.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    incarnation: u32,
+    last_tick: u32,
+    tx_packets: u32,
+    rx_packets: u32,
+    tx_bytes: u64,
+    rx_bytes: u64,
+    tx_payload: u64,
+    rx_payload: u64,
+}
+
+/// How much of a table to look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// All of it.
+    Everything,
+    /// The regions that were written to at this boot time or later, nanoseconds.
+    Since(u64),
+}
+
+/// One family's table.
+pub(super) struct Table<L> {
+    slots: Mapping,
+    regions: usize,
+    first_region: usize,
+    seen: Vec<Seen>,
+    /// Slots that changed hands between two readings.
+    changed: Vec<usize>,
+    layout: std::marker::PhantomData<L>,
+}
+
+const SLOT_BYTES: usize = SLOT_WORDS * 8;
+const REGION_SLOTS: usize = REGION_SETS * WAYS;
+
+impl<L: Layout> Table<L> {
+    /// Of a map with this many regions; `first_region` is the number of the first one in the map of touched regions.
+    pub fn new(map: &MapData, regions: usize, first_region: usize) -> io::Result<Self> {
+        Ok(Self {
+            slots: Mapping::new(map)?,
+            regions,
+            first_region,
+            // All zero: takes memory where flows were read, no sooner.
+            seen: vec![Seen::default(); regions * REGION_SLOTS],
+            changed: Vec::new(),
+            layout: std::marker::PhantomData,
+        })
+    }
+
+    /// Reads what has moved. Slots that changed hands wait for [`Self::read_changed`].
+    pub fn read(&mut self, touched: &Mapping, scope: Scope, now_ns: u64, out: &mut Vec<FlowDelta>) {
+        for region in 0..self.regions {
+            let at = touched.word(self.first_region + region).load(Ordering::Relaxed);
+            let look = match scope {
+                Scope::Everything => at != 0,
+                Scope::Since(since) => at >= since,
+            };
+            if look {
+                for slot in region * REGION_SLOTS..(region + 1) * REGION_SLOTS {
+                    self.read_slot(slot, now_ns, out);
+                }
+            }
+        }
+    }
+
+    /// Reads the slots that had changed hands. To be called when the ring was emptied after that was noticed: it had what
+    /// was missing of the flows before.
+    pub fn read_changed(&mut self, now_ns: u64, out: &mut Vec<FlowDelta>) {
+        for slot in std::mem::take(&mut self.changed) {
+            if let Some(seen) = self.seen.get_mut(slot) {
+                *seen = Seen::default();
+            }
+            self.read_slot(slot, now_ns, out);
+        }
+    }
+
+    /// Takes in a record of this table.
+    pub fn take_evicted(&mut self, evicted: &Evicted, now_ns: u64, out: &mut Vec<FlowDelta>) -> bool {
+        let Some(seen) = self.seen.get_mut(evicted.slot as usize) else {
+            return false;
+        };
+        let slot = L::of(evicted.words);
+        let before = if seen.incarnation == slot.parts().2.incarnation {
+            std::mem::take(seen)
+        } else {
+            // Never read; what was read is of a flow before or behind it.
+            Seen::default()
+        };
+        out.extend(delta(&slot, &before, now_ns));
+        true
+    }
+
+    fn read_slot(&mut self, slot: usize, now_ns: u64, out: &mut Vec<FlowDelta>) {
+        let Some(seen) = self.seen.get_mut(slot) else {
+            return;
+        };
+        let at = slot * SLOT_BYTES;
+        let incarnation = self.slots.half((at + L::LIFE + std::mem::offset_of!(Life, incarnation)) / 4);
+        let packets = self.slots.word((at + L::COUNTS + std::mem::offset_of!(Counts, tx_packets)) / 8);
+
+        let before = incarnation.load(Ordering::Acquire);
+        if before == 0 {
+            return;
+        }
+        if seen.incarnation != 0 && seen.incarnation != before {
+            self.changed.push(slot);
+            return;
+        }
+        let counted = packets.load(Ordering::Acquire);
+        if seen.incarnation == before && counted == packets_word(seen.tx_packets, seen.rx_packets) {
+            return;
+        }
+        let mut words = [0; SLOT_WORDS];
+        for (index, word) in words.iter_mut().enumerate() {
+            *word = self.slots.word(at / 8 + index).load(Ordering::Relaxed);
+        }
+        fence(Ordering::Acquire);
+        if incarnation.load(Ordering::Relaxed) != before {
+            // It changes hands at this moment. The region is written to just now, so the next sweep comes here again.
+            if seen.incarnation != 0 {
+                self.changed.push(slot);
+            }
+            return;
+        }
+        words[(L::COUNTS + std::mem::offset_of!(Counts, tx_packets)) / 8] = counted;
+        let state = L::of(words);
+        out.extend(delta(&state, seen, now_ns));
+        *seen = seen_of(&state);
+
+        let read_packets = self.slots.word((at + L::LIFE + std::mem::offset_of!(Life, read_tx_packets)) / 8);
+        let read_incarnation =
+            self.slots.half((at + L::LIFE + std::mem::offset_of!(Life, read_incarnation)) / 4);
+        read_packets.store(counted, Ordering::Release);
+        read_incarnation.store(before, Ordering::Release);
+    }
+}
+
+/// Two counters as they are in one word in memory.
+fn packets_word(tx: u32, rx: u32) -> u64 {
+    let ([a, b, c, d], [e, f, g, h]) = (tx.to_ne_bytes(), rx.to_ne_bytes());
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+}
+
+fn seen_of<L: Layout>(slot: &L) -> Seen {
+    let (_, counts, life) = slot.parts();
+    Seen {
+        incarnation: life.incarnation,
+        last_tick: counts.last_tick,
+        tx_packets: counts.tx_packets,
+        rx_packets: counts.rx_packets,
+        tx_bytes: counts.tx_bytes,
+        rx_bytes: counts.rx_bytes,
+        tx_payload: counts.tx_payload,
+        rx_payload: counts.rx_payload,
+    }
+}
+
+/// What a slot has counted beyond what was seen of it; `None` when that is nothing.
+fn delta<L: Layout>(slot: &L, seen: &Seen, now_ns: u64) -> Option<FlowDelta> {
+    let (ports, counts, life) = slot.parts();
+    let moved = Moved {
+        tx_packets: counts.tx_packets.wrapping_sub(seen.tx_packets).into(),
+        rx_packets: counts.rx_packets.wrapping_sub(seen.rx_packets).into(),
+        tx_bytes: counts.tx_bytes.wrapping_sub(seen.tx_bytes),
+        rx_bytes: counts.rx_bytes.wrapping_sub(seen.rx_bytes),
+        tx_payload: counts.tx_payload.wrapping_sub(seen.tx_payload),
+        rx_payload: counts.rx_payload.wrapping_sub(seen.rx_payload),
+    };
+    let last_ns = time_of(counts.last_tick, now_ns).max(life.burst_ns);
+    let first_ns = if seen.incarnation == 0 {
+        life.first_ns
+    } else {
+        life.burst_ns.max(time_of(seen.last_tick, now_ns)).min(last_ns)
+    };
+    (moved != Moved::default()).then(|| FlowDelta {
+        flow: slot.flow(),
+        moved,
+        first_ns,
+        last_ns,
+        ifindex: life.ifindex,
+        label: counts.label,
+        class: ports.class,
+        opened: life.opened,
+        tcp_flags: ports.tcp_flags,
+        hints: ports.hints,
+    })
+}
+
+/// A tick within the last 26 days (or a little ahead) as a boot time, nanoseconds.
+fn time_of(tick: u32, now_ns: u64) -> u64 {
+    let now = now_ns >> TICK_SHIFT;
+    let ago = i64::from((now as u32).wrapping_sub(tick).cast_signed());
+    now.saturating_add_signed(-ago) * TICK_NS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: u64 = 90 * 24 * 3600 * 1_000_000_000;
+
+    fn slot(incarnation: u32, packets: u32, last_ns: u64) -> Slot4 {
+        Slot4 {
+            local_addr: [10, 0, 0, 1],
+            remote_addr: [10, 0, 0, 2],
+            ports: Ports { local_port: 1, remote_port: 2, protocol: 17, ..Ports::default() },
+            counts: Counts {
+                tx_bytes: u64::from(packets) * 100,
+                tx_packets: packets,
+                last_tick: (last_ns >> TICK_SHIFT) as u32,
+                ..Counts::default()
+            },
+            life: Life { incarnation, first_ns: 5, burst_ns: 5, ..Life::default() },
+            ..Slot4::default()
+        }
+    }
+
+    #[test]
+    fn a_tick_is_a_time_near_now_also_when_the_counter_has_wrapped() {
+        for ago in [0, 1_000_000_000, 20 * 24 * 3600 * 1_000_000_000] {
+            let time = time_of(((NOW - ago) >> TICK_SHIFT) as u32, NOW);
+            assert!(NOW - ago - time < TICK_NS, "{ago}");
+        }
+        // Another CPU's clock may have been read a moment after ours.
+        assert_eq!(time_of((NOW >> TICK_SHIFT) as u32 + 3, NOW), (NOW / TICK_NS + 3) * TICK_NS);
+    }
+
+    #[test]
+    fn a_delta_is_what_came_since_and_begins_where_the_last_one_ended() {
+        let first = delta(&slot(1, 3, NOW - 9_000_000_000), &Seen::default(), NOW).unwrap();
+        assert_eq!((first.moved.tx_packets, first.moved.tx_bytes, first.first_ns), (3, 300, 5));
+        let seen = seen_of(&slot(1, 3, NOW - 9_000_000_000));
+        let second = delta(&slot(1, 5, NOW), &seen, NOW).unwrap();
+        assert_eq!((second.moved.tx_packets, second.moved.tx_bytes), (2, 200));
+        assert_eq!(second.first_ns, first.last_ns);
+        assert_eq!(delta(&slot(1, 3, NOW), &seen, NOW), None);
+    }
+
+    #[test]
+    fn after_a_silence_a_delta_begins_with_the_burst() {
+        let seen = seen_of(&slot(1, 3, NOW - 9_000_000_000));
+        let mut later = slot(1, 4, NOW);
+        later.life.burst_ns = NOW - 1_000_000_000;
+        assert_eq!(delta(&later, &seen, NOW).unwrap().first_ns, NOW - 1_000_000_000);
+    }
+
+    #[test]
+    fn packet_counters_may_wrap() {
+        let seen = Seen {
+            incarnation: 1,
+            tx_packets: u32::MAX,
+            tx_bytes: u64::from(u32::MAX) * 100,
+            ..Seen::default()
+        };
+        let mut wrapped = slot(1, 4, NOW);
+        wrapped.counts.tx_bytes = (u64::from(u32::MAX) + 5) * 100;
+        let delta = delta(&wrapped, &seen, NOW).unwrap();
+        assert_eq!((delta.moved.tx_packets, delta.moved.tx_bytes), (5, 500));
+    }
+}
