@@ -10,7 +10,7 @@ use super::numbers::{median, median_ratio};
 use super::order::Order;
 use super::pair::Pair;
 use super::report::{Findings, Table, Target, number};
-use super::source::{Source, Until};
+use super::source::{Source, Until, idle};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug)]
@@ -105,7 +105,7 @@ fn flood(pair: &Pair, source: &mut Source<'_>, monitor: Monitor, length: Duratio
     let before = pair.arrived()?;
     let running = monitor.start(pair)?;
     let cpu_before = running.cpu()?;
-    let sent = source.send(Until::Time(length), None, || Ok(()))?;
+    let sent = source.send(Until::Time(length), None, idle)?;
     let cpu = running.cpu()? - cpu_before;
     let arrived = pair.arrived()? - before;
     let seen = running.stop()?;

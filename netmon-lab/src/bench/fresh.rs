@@ -40,7 +40,7 @@ pub struct Outcome {
     pub classified: u64,
     /// "Flow opened" records.
     pub opened: u64,
-    /// Records of counted flows that found the ring full: these flows are read, only later.
+    /// Records that were not written because the ring was rather full: these flows are read, only later.
     pub unannounced: u64,
 }
 
@@ -107,11 +107,10 @@ pub fn offer(pair: &Pair, shape: Shape, flows: u32, rate: Option<u64>) -> Result
         let mut netmon = Netmon::load("bench-fresh", Mode::Tc, Sizes::default(), ifindex)?;
         netmon.kernel.attach(ifindex)?;
         let before = pair.arrived()?;
-        let sent = source.send(Until::Frames(flows.into()), rate, || netmon.tend())?;
+        let sent = source.send(Until::Frames(flows.into()), rate, |wait| netmon.tend(wait))?;
         let arrived = pair.arrived()? - before;
-        netmon.readings.drain(&mut netmon.kernel);
-        netmon.readings.sweep(&mut netmon.kernel)?;
-        let stats = netmon.kernel.stats()?;
+        netmon.readings.sweep_all(&mut netmon.kernel);
+        let stats = netmon.kernel.stats();
 
         let mut outcome = Outcome {
             offered: sent.frames,

@@ -7,9 +7,9 @@ use netmon_agent::kernel::{Mode, Sizes};
 use netmon_common::abi;
 
 use super::frames::{Family, Protocol, Shape, Size};
-use super::numbers::{Summary, median};
+use super::numbers::median;
 use super::pair::{Pair, inside};
-use super::report::{Cell, Findings, Table, Target, number};
+use super::report::{Findings, Table, Target, number, spread};
 use super::source::index_of;
 use super::subject::{Netmon, Reference};
 
@@ -98,24 +98,16 @@ fn measure(ifindex: u32, plan: Plan) -> Result<Findings> {
         table.row([
             shape.to_string().into(),
             number(median(gross), 0),
-            both(ingress),
-            both(egress),
-            both(xdp),
-            both(hash),
+            spread(ingress),
+            spread(egress),
+            spread(xdp),
+            spread(hash),
             number(ratio, 2),
         ]);
     }
     let target =
         Target::at_most("hot flow, net, the worst of all packets and directions", 20.0, worst, 1, " ns");
     Ok(Findings { tables: vec![table], targets: vec![target] })
-}
-
-/// Median, and the least in brackets.
-pub fn both(measured: &[f64]) -> Cell {
-    match Summary::of(measured.iter().copied()) {
-        Some(Summary { median, least }) => format!("{median:.1} ({least:.1})").into(),
-        None => number(f64::NAN, 0),
-    }
 }
 
 /// The kernel's own clock around all repetitions, divided by their number; whole nanoseconds.

@@ -6,11 +6,10 @@ use aya::sys::{Stats, enable_stats};
 use netmon_agent::kernel::{Mode, Sizes};
 
 use super::frames::{Family, Protocol, Shape, Size};
-use super::hot::both;
 use super::numbers::median;
 use super::order::Order;
 use super::pair::{Pair, inside};
-use super::report::{Cell, Findings, Table, Target, number};
+use super::report::{Cell, Findings, Table, Target, number, spread};
 use super::source::{Source, Until, index_of};
 use super::subject::{Netmon, Reference, Subject};
 
@@ -82,8 +81,8 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
             "Many flows (run time under traffic over veth)",
             &format!(
                 "Nanoseconds per packet, net of the empty program of the same round: median of {} rounds of {} packets, \
-                 and the least in brackets. `netmon` has its default tables, `netmon, sized` has room for all flows on the CPU \
-                 that sees them, as `hash` always has. The user-space side empties the ring and sweeps the tables meanwhile, as the \
+                 and the least in brackets. `netmon` has its default tables, `netmon, sized` has two slots for each flow on \
+                 the CPU that sees it; as `hash` always has. The user-space side empties the ring and sweeps the tables meanwhile, as the \
                  agent does.",
                 plan.rounds, plan.packets
             ),
@@ -98,7 +97,7 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
                 "hash",
                 "netmon / hash",
                 "sized / hash",
-                "in a flow",
+                "counted in a flow, %",
             ],
         );
         let mut memory = Table::new(
@@ -168,7 +167,7 @@ impl Measured {
 
     fn net(&self, measured: &[f64]) -> Cell {
         let net: Vec<f64> = measured.iter().zip(&self.empty).map(|(time, empty)| time - empty).collect();
-        both(&net)
+        spread(&net)
     }
 
     fn row(&self, case: Case) -> Vec<Cell> {
@@ -189,7 +188,7 @@ impl Measured {
             self.net(&self.hash),
             number(median(self.ratios(&self.netmon)), 2),
             number(median(self.ratios(&self.sized)), 2),
-            format!("{:.2} %", self.counted * 100.0).into(),
+            number(self.counted * 100.0, 3),
         ]
     }
 }
@@ -204,11 +203,12 @@ fn measure(source: &mut Source<'_>, ifindex: u32, case: Case, plan: Plan) -> Res
         (Column::Empty, Subject::Reference(Reference::empty(case.mode)?)),
         (Column::Netmon, load("bench-default", defaults)?),
     ];
-    if case.flows > defaults.flows / 2 {
-        // A table's size is that over all CPUs, and all these packets come on one.
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u32;
-        let sizes = Sizes { flows: case.flows.saturating_mul(cpus), ..defaults };
-        subjects.push((Column::Sized, load("bench-sized", sizes)?));
+    // A table's size is that over all CPUs, all these packets come on one, and a half-empty table has room for nearly
+    // every flow where it belongs.
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u32;
+    let slots = case.flows.saturating_mul(2 * cpus);
+    if slots > defaults.flows {
+        subjects.push((Column::Sized, load("bench-sized", Sizes { flows: slots, ..defaults })?));
     }
     if case.mode == Mode::Tc {
         let hash = Reference::hash(case.flows.max(defaults.flows))?;
@@ -221,10 +221,10 @@ fn measure(source: &mut Source<'_>, ifindex: u32, case: Case, plan: Plan) -> Res
         for (column, subject) in &mut subjects {
             subject.attach()?;
             let warm_up = if round == 0 { length } else { length / 4 };
-            source.send(Until::Frames(warm_up), None, || subject.tend())?;
+            source.send(Until::Frames(warm_up), None, |wait| subject.tend(wait))?;
             if round > 0 {
                 let before = subject.run_time()?;
-                source.send(Until::Frames(plan.packets), None, || subject.tend())?;
+                source.send(Until::Frames(plan.packets), None, |wait| subject.tend(wait))?;
                 let after = subject.run_time()?;
                 let runs = after.runs_since(before);
                 anyhow::ensure!(
@@ -241,11 +241,11 @@ fn measure(source: &mut Source<'_>, ifindex: u32, case: Case, plan: Plan) -> Res
         let Subject::Netmon(netmon) = subject else { continue };
         let (sum, maps) = netmon.memory()?;
         let label = if measured.memory.is_empty() {
-            let stats = netmon.kernel.stats()?;
+            let stats = netmon.kernel.stats();
             measured.counted = stats.counted as f64 / stats.seen as f64;
             "default".to_owned()
         } else {
-            format!("sized for {} flows on each CPU", case.flows)
+            format!("sized: {slots} slots")
         };
         let mib = |bytes: u64| bytes as f64 / f64::from(M);
         let largest: Vec<_> =

@@ -1,7 +1,9 @@
 //! What is said of the same thing measured several times.
 
+use serde::Serialize;
+
 /// Median and least of some measurements.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Summary {
     /// The middle one; of an even number, the mean of the two in the middle.
     pub median: f64,

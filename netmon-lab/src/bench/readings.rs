@@ -2,36 +2,61 @@
 
 use std::collections::HashMap;
 
-use anyhow::Result;
-use netmon_agent::kernel::{FlowId, FlowReading, Kernel};
-use netmon_common::abi::{FlowOpened, FlowState};
+use netmon_agent::clock::Now;
+use netmon_agent::kernel::{FlowDelta, FlowId, Kernel};
+
+/// What one flow has moved so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// Packets sent.
+    pub tx_packets: u64,
+    /// Packets received.
+    pub rx_packets: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// One of the `CLASS_` constants.
+    pub class: u8,
+    /// Label of the muted prefix.
+    pub label: u16,
+}
 
 /// What was counted so far.
 #[derive(Debug, Default)]
 pub struct Readings {
-    /// Flows as they were last read.
-    pub flows: HashMap<FlowId, FlowState>,
-    /// "Flow opened" records by what they say of the table (`STORED` and the like).
+    /// Sums of all that was read.
+    pub flows: HashMap<FlowId, Flow>,
+    /// "Flow opened" records.
     pub opened: u64,
-    scratch: Vec<FlowReading>,
+    scratch: Vec<FlowDelta>,
 }
 
 impl Readings {
-    /// Reads every table once, as the agent does four times a second. Nothing is retired.
-    ///
-    /// # Errors
-    /// As [`Kernel::sweep`].
-    pub fn sweep(&mut self, kernel: &mut Kernel) -> Result<()> {
-        self.scratch.clear();
-        kernel.sweep(0, u64::MAX, &mut self.scratch)?;
-        self.flows.extend(self.scratch.drain(..).map(|reading| (reading.flow, reading.state)));
-        Ok(())
+    /// Reads the tables once, as the agent does four times a second.
+    pub fn sweep(&mut self, kernel: &mut Kernel) {
+        kernel.sweep(Now::read().boot_ns, &mut self.scratch);
+        self.take_in();
     }
 
-    /// Reads the ring buffer until it is empty, as the agent does whenever something is in it.
+    /// Reads all that there is, as the agent does at its end.
+    pub fn sweep_all(&mut self, kernel: &mut Kernel) {
+        self.drain(kernel);
+        kernel.sweep_all(Now::read().boot_ns, &mut self.scratch);
+        self.take_in();
+    }
+
+    /// Empties the ring buffer, as the agent does whenever something is in it.
     pub fn drain(&mut self, kernel: &mut Kernel) {
-        while let Some(FlowOpened { .. }) = kernel.next_opened() {
-            self.opened += 1;
+        self.opened += kernel.take_records(Now::read().boot_ns, &mut self.scratch);
+        self.take_in();
+    }
+
+    fn take_in(&mut self) {
+        for FlowDelta { flow, moved, class, label, .. } in self.scratch.drain(..) {
+            let sum = self.flows.entry(flow).or_default();
+            sum.tx_packets += moved.tx_packets;
+            sum.rx_packets += moved.rx_packets;
+            sum.rx_bytes += moved.rx_bytes;
+            (sum.class, sum.label) = (class, label);
         }
     }
 }

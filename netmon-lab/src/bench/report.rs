@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+use super::numbers::Summary;
+
 /// One cell of a table.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
@@ -12,6 +14,8 @@ pub enum Cell {
     Text(String),
     /// A number, with the digits behind the point that are shown of it.
     Number(Number),
+    /// What is said of several measurements.
+    Spread(Summary),
 }
 
 /// See [`Cell::Number`].
@@ -41,6 +45,11 @@ impl From<u64> for Cell {
     }
 }
 
+/// Median and, in brackets, the least; nothing measured is shown as `–`.
+pub fn spread(measured: &[f64]) -> Cell {
+    Summary::of(measured.iter().copied()).map_or(number(f64::NAN, 0), Cell::Spread)
+}
+
 /// A number with so many digits behind the point. What is not a number is shown as `–`.
 pub fn number(value: f64, digits: usize) -> Cell {
     Cell::Number(Number { value, digits })
@@ -50,6 +59,7 @@ impl std::fmt::Display for Cell {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Text(text) => f.write_str(text),
+            Self::Spread(Summary { median, least }) => write!(f, "{median:.1} ({least:.1})"),
             Self::Number(Number { value, .. }) if !value.is_finite() => f.write_str("–"),
             Self::Number(Number { value, digits }) => f.write_str(&grouped(&format!("{value:.digits$}"))),
         }
@@ -113,7 +123,7 @@ impl Table {
         let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
         text += &line(&self.columns);
         let numeric = |column: usize| {
-            self.rows.iter().all(|row| matches!(row[column], Cell::Number(_))) && !self.rows.is_empty()
+            self.rows.iter().all(|row| !matches!(row[column], Cell::Text(_))) && !self.rows.is_empty()
         };
         let rulers: Vec<String> = (0..self.columns.len())
             .map(|column| if numeric(column) { "--:" } else { "---" }.to_owned())

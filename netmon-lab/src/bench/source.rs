@@ -23,7 +23,7 @@ const AT_ONCE: u32 = 1 << 16;
 /// Frames that the kernel prepares, redirects and flushes together (at most 256; the ring of a veth has room for
 /// as many).
 const BATCH: u32 = 64;
-/// How often `meanwhile` is called while frames are sent.
+/// How long `meanwhile` may take while frames are sent.
 const MEANWHILE: Duration = Duration::from_millis(20);
 /// How often a limited rate is kept.
 const PACE: Duration = Duration::from_millis(1);
@@ -117,8 +117,8 @@ impl<'a> Source<'a> {
         Ok(self.settings()?.get(&0, 0).context("cannot ask the packet source")?.next)
     }
 
-    /// Sends, as fast as it can be done or at `rate` frames a second; `meanwhile` is called every 20 ms on the calling
-    /// thread, and not after the end.
+    /// Sends, as fast as it can be done or at `rate` frames a second; `meanwhile` is called again and again on
+    /// the calling thread, told how long it may wait for something to do, and not after the end.
     ///
     /// # Errors
     /// The kernel refused to run the source, or what `meanwhile` failed with.
@@ -126,7 +126,7 @@ impl<'a> Source<'a> {
         &mut self,
         until: Until,
         rate: Option<u64>,
-        mut meanwhile: impl FnMut() -> Result<()>,
+        mut meanwhile: impl FnMut(Duration) -> Result<()>,
     ) -> Result<Sent> {
         let before = self.made()?;
         let program: &Xdp =
@@ -145,16 +145,25 @@ impl<'a> Source<'a> {
             });
             let mut result = Ok(());
             while !sending.is_finished() {
-                if result.is_ok() {
-                    result = meanwhile();
-                }
-                thread::park_timeout(MEANWHILE);
+                result = match result {
+                    Ok(()) => meanwhile(MEANWHILE),
+                    Err(error) => idle(MEANWHILE).and(Err(error)),
+                };
             }
             let sent = sending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             result.and(sent)
         })?;
         Ok(Sent { frames: self.made()? - before, took, cpu })
     }
+}
+
+/// For those who have nothing to do while frames are sent.
+///
+/// # Errors
+/// None.
+pub fn idle(wait: Duration) -> Result<()> {
+    thread::sleep(wait);
+    Ok(())
 }
 
 /// Runs the program on live frames until it is enough.

@@ -1,6 +1,6 @@
 //! What hangs on the interface while packets arrive: netmon's programs, or what they are compared with.
 
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,14 @@ use aya::{Ebpf, EbpfLoader};
 use netmon_agent::kernel::{Kernel, LoadOptions, Mode, Sizes};
 use netmon_common::abi;
 use netmon_common::prefixes::PrefixList;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::frames;
 use super::pair::INTERFACE;
 use super::readings::Readings;
 use super::shared::{maps, programs};
-use super::source::{missing, object};
+use super::source::{idle, missing, object};
 use crate::clock;
 
 /// The agent reads its tables this often.
@@ -148,6 +150,7 @@ impl Reference {
 pub struct Netmon {
     /// The loaded programs.
     pub kernel: Kernel,
+    ring: OwnedFd,
     /// What was read.
     pub readings: Readings,
     mode: Mode,
@@ -168,7 +171,8 @@ impl Netmon {
         let list = PrefixList::parse(IP_TXT).context("ip.txt")?;
         let muted = list.prefixes().map(|(prefix, _)| (prefix, LIST_LABEL)).chain(frames::muted_prefixes());
         kernel.set_prefixes(&frames::private_prefixes(), muted)?;
-        Ok(Self { kernel, readings: Readings::default(), mode, pins, swept: clock::now(), ifindex })
+        let ring = kernel.ring_fd()?;
+        Ok(Self { kernel, ring, readings: Readings::default(), mode, pins, swept: clock::now(), ifindex })
     }
 
     /// Where a program is pinned.
@@ -184,14 +188,20 @@ impl Netmon {
         }
     }
 
-    /// What the agent does all the time: empties the ring, and reads the tables every 250 ms.
+    /// What the agent does all the time: waits for records in the ring, at most so long, empties it, and reads the
+    /// tables every 250 ms.
     ///
     /// # Errors
-    /// As [`Kernel::sweep`].
-    pub fn tend(&mut self) -> Result<()> {
+    /// The ring cannot be waited for.
+    pub fn tend(&mut self, wait: Duration) -> Result<()> {
+        let timeout = Timespec { tv_sec: 0, tv_nsec: wait.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&self.ring, PollFlags::IN)], Some(&timeout)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("cannot wait for the ring"),
+        }
         self.readings.drain(&mut self.kernel);
         if self.swept.elapsed() >= SWEEP {
-            self.readings.sweep(&mut self.kernel)?;
+            self.readings.sweep(&mut self.kernel);
             self.swept = clock::now();
         }
         Ok(())
@@ -260,14 +270,14 @@ impl Subject {
         Ok(())
     }
 
-    /// What its user-space side does all the time.
+    /// What its user-space side does all the time, at most for so long.
     ///
     /// # Errors
     /// As [`Netmon::tend`].
-    pub fn tend(&mut self) -> Result<()> {
+    pub fn tend(&mut self, wait: Duration) -> Result<()> {
         match self {
-            Self::Reference(_) => Ok(()),
-            Self::Netmon(netmon) => netmon.tend(),
+            Self::Reference(_) => idle(wait),
+            Self::Netmon(netmon) => netmon.tend(wait),
         }
     }
 

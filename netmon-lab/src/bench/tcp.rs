@@ -6,11 +6,10 @@ use anyhow::{Context as _, Result};
 use aya::sys::{Stats, enable_stats};
 use netmon_agent::kernel::{Mode, Sizes};
 
-use super::hot::both;
 use super::monitor::Monitor;
 use super::numbers::{median, median_ratio};
 use super::pair::{Pair, RECEIVER, inside};
-use super::report::{Findings, Table, Target, number};
+use super::report::{Findings, Table, Target, number, spread};
 use super::source::index_of;
 use super::subject::{Netmon, Reference, Subject};
 use crate::netmon::Daemon;
@@ -104,8 +103,8 @@ fn run_times(pair: &Pair, plan: Plan) -> Result<Table> {
     );
     table.row([
         number(median(empty.iter().copied()), 0),
-        both(&netmon),
-        both(&hash),
+        spread(&netmon),
+        spread(&hash),
         number(median_ratio(&netmon, &hash), 2),
     ]);
     Ok(table)
