@@ -38,10 +38,6 @@ pub struct Outcome {
     pub read: u64,
     /// Of these, with the right class and label.
     pub classified: u64,
-    /// "Flow opened" records.
-    pub opened: u64,
-    /// Records that were not written because the ring was rather full: these flows are read, only later.
-    pub unannounced: u64,
 }
 
 /// Measures, IPv4 and IPv6.
@@ -55,19 +51,7 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
         "Every packet is the first of its flow; default tables, read as the agent reads them. A quarter of the \
          counterparts is private, a quarter muted, the rest on the Internet; `read` are the flows that came out with \
          exactly one packet of the right length, `classified` those of them with the right class and label.",
-        &[
-            "packets",
-            "offered",
-            "arrived",
-            "seen",
-            "counted",
-            "refused",
-            "read",
-            "classified",
-            "announced",
-            "ring full",
-            "took, s",
-        ],
+        &["packets", "offered", "arrived", "seen", "counted", "refused", "read", "classified", "took, s"],
     );
     let mut targets = Vec::new();
     for family in [Family::V4, Family::V6] {
@@ -82,8 +66,6 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
             outcome.refused.into(),
             outcome.read.into(),
             outcome.classified.into(),
-            outcome.opened.into(),
-            outcome.unannounced.into(),
             number(took.as_secs_f64(), 1),
         ]);
         let share = |part: u64| part as f64 / outcome.arrived as f64 * 100.0;
@@ -118,8 +100,6 @@ pub fn offer(pair: &Pair, shape: Shape, flows: u32, rate: Option<u64>) -> Result
             seen: stats.seen,
             counted: stats.counted,
             refused: stats.seen - stats.counted,
-            opened: netmon.readings.opened,
-            unannounced: stats.ring_full,
             ..Outcome::default()
         };
         for flow in 0..flows {
