@@ -306,8 +306,8 @@ fn ipv6<F: Frame>(frame: &F, at: u32, packet: &mut Packet) -> Option<Parsed> {
             let is_fragment = equal(protocol, FRAGMENT);
             let is_authentication = equal(protocol, AUTHENTICATION);
             let units = (u32::from(header[1]) & is_fragment.wrapping_sub(1)) + 1 + is_authentication;
-            // Without a branch, as above. The verifier knows a product with a bit to be small.
-            fragment_at |= (at + header_bytes) * is_fragment;
+            // The last one, if somebody sends two. Without a branch, as above.
+            fragment_at = fragment_at * (1 - is_fragment) + (at + header_bytes) * is_fragment;
             header_bytes += (units * 8) >> is_authentication;
             protocol = header[0];
             if is_fragment & not_zero(u16::from_be_bytes([header[2], header[3]]) & 0xfff8) != 0 {

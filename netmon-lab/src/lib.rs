@@ -1,6 +1,7 @@
 //! A room on one machine: hosts out of network namespaces, real traffic between them, and netmon's real programs
 //! watching it. It carries the end-to-end tests and `cargo xtask lab`. Needs root.
 
+pub mod bench;
 pub mod cleanup;
 pub mod clock;
 pub mod demo;

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
+use netmon_lab::bench::Bench;
 use netmon_lab::traffic::Traffic;
 use netmon_lab::{cleanup, demo, replay};
 
@@ -22,6 +23,9 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
+    /// Measures what watching costs
+    #[command(subcommand)]
+    Bench(Bench),
     /// Removes what runs that did not end in good order left behind
     Clean,
     /// Plays captures past netmon's programs, and compares what they count with what tshark says, flow by flow
@@ -57,6 +61,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Replay { captures } => compare(&captures),
         Command::Demo { keep } => demo::run(keep),
+        Command::Bench(bench) => bench.run(),
         Command::Traffic(traffic) => traffic.run(),
     }
 }

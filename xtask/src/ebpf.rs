@@ -20,6 +20,8 @@ const LLVM: &str = "22";
 /// The oldest compiler that takes netmon's sources: `rust-version` of the workspace.
 const OLDEST: &str = env!("CARGO_PKG_RUST_VERSION");
 const TARGET: &str = "bpfel-unknown-none";
+/// Where the benchmark looks for the programs that netmon is compared with, from the workspace's root.
+const REFERENCE: &str = "target/bpf/netmon-reference";
 
 /// Debian's compiler and the sources of the very same version.
 const DEBIAN_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
@@ -39,7 +41,7 @@ impl Options {
     }
 }
 
-/// Builds the object and writes the fingerprint of its sources next to it.
+/// Builds the object, writes the fingerprint of its sources next to it, and builds what it is compared with.
 ///
 /// # Errors
 /// A tool is missing (the message says what to install), or the build fails.
@@ -87,13 +89,19 @@ pub fn build(options: &Options) -> Result<()> {
         .env_remove("RUSTC_WORKSPACE_WRAPPER");
     sh::run(&mut command)?;
 
-    let built = build_directory.join(TARGET).join("release/netmon-ebpf");
-    let object = workspace.join(ebpf_sources::OBJECT);
+    install(&build_directory, "netmon-ebpf", ebpf_sources::OBJECT)?;
+    sh::write_whole(&workspace.join(ebpf_sources::FINGERPRINT), fingerprint.as_bytes())?;
+    install(&build_directory, "netmon-reference", REFERENCE)
+}
+
+/// Takes a built object to where it is used.
+fn install(build_directory: &Path, built: &str, object: &str) -> Result<()> {
+    let built = build_directory.join(TARGET).join("release").join(built);
+    let object = sh::workspace().join(object);
     let directory = object.parent().context("the object has no directory")?;
     fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     let content = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     sh::write_whole(&object, &content)?;
-    sh::write_whole(&workspace.join(ebpf_sources::FINGERPRINT), fingerprint.as_bytes())?;
     eprintln!("{} ({} bytes)", object.display(), content.len());
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! netmon's chores. Each has a room of its own; this file only says which one.
 
+mod bench;
 mod clock;
 mod ebpf;
 mod ebpf_sources;
@@ -39,6 +40,9 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Measure what watching costs, beside other monitors.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Run a test, or any command, on stock Debian kernels with USB devices that are really plugged in.
     Vm(vm::Args),
     /// Build the kernel programs into target/bpf/netmon-ebpf, where the agent's build takes them from.
@@ -58,6 +62,7 @@ fn main() -> Result<()> {
         Chore::Up(options) => up::run(&options),
         Chore::Test { parts } => test::run(&parts),
         Chore::Lab { options } => lab(&options),
+        Chore::Bench(bench) => bench::run(&bench),
         Chore::Vm(args) => vm::run(&args),
         Chore::BuildEbpf(options) => ebpf::build(&options),
         Chore::IpTxt { directory, out } => ip_txt::run(&directory, &out),
