@@ -81,9 +81,10 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
             "Many flows (run time under traffic over veth)",
             &format!(
                 "Nanoseconds per packet, net of the empty program of the same round: median of {} rounds of {} packets, \
-                 and the least in brackets. `netmon` has its default tables, `netmon, sized` has two slots for each flow on \
-                 the CPU that sees it, `hash` an entry for each flow. The user-space side empties the ring and sweeps the tables meanwhile, as the \
-                 agent does.",
+                 and the least in brackets. `netmon` has its default tables, `netmon, sized` has two slots for each flow \
+                 on the CPU that sees it, `hash` an entry for each flow. `counted` is what netmon counted in a flow; the \
+                 rest was refused, and a refusal costs something else than counting. The user-space side empties the \
+                 ring and sweeps the tables meanwhile, as the agent does.",
                 plan.rounds, plan.packets
             ),
             &[
