@@ -45,6 +45,8 @@ impl Direction {
 
 /// Silence in ticks, as `Counts::last_tick` is.
 const SILENCE_TICKS: u32 = (SILENCE_NS / TICK_NS) as u32;
+/// At least a jiffy in ticks: ten milliseconds on the slowest kernels.
+const JIFFY_TICKS: u32 = 16;
 
 /// Keeps the compiler from moving writes from one side of it to the other.
 #[inline(always)]
@@ -148,11 +150,12 @@ fn update<F: Frame, K: Key>(
     // SAFETY: the map gave the pointer, and this CPU is the only writer.
     unsafe {
         let tick = (now_ns >> TICK_SHIFT) as u32;
-        let last = (*counts).last_tick;
-        if tick != last {
+        let silent = tick.wrapping_sub((*counts).last_tick);
+        // The jiffy's clock may be behind the exact one that the first packet was stamped with.
+        if silent != 0 && silent <= u32::MAX - JIFFY_TICKS {
             (*counts).last_tick = tick;
             touch(region, now_ns);
-            if tick.wrapping_sub(last) >= SILENCE_TICKS {
+            if silent >= SILENCE_TICKS {
                 (*K::Slot::life(slot)).burst_ns = now_ns;
             }
         }
