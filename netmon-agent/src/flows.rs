@@ -119,13 +119,8 @@ impl Flows {
                 period: None,
             }),
         };
-        let (state, moved) = (&mut known.state, &delta.moved);
-        state.tx_packets += moved.tx_packets;
-        state.rx_packets += moved.rx_packets;
-        state.tx_bytes += moved.tx_bytes;
-        state.rx_bytes += moved.rx_bytes;
-        state.tx_payload += moved.tx_payload;
-        state.rx_payload += moved.rx_payload;
+        let state = &mut known.state;
+        *state += delta.moved;
         state.last_ns = state.last_ns.max(delta.last_ns);
         (state.class, state.label) = (delta.class, delta.label);
         state.tcp_flags |= delta.tcp_flags;

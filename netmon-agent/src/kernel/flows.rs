@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use netmon_common::abi::{Evicted, Flow4Key, Flow6Key, FlowOpened, SLOT_WORDS};
+use netmon_common::abi::{Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, SLOT_WORDS};
 
 /// One flow as this PC sees it, by the addresses on the wire.
 ///
@@ -130,6 +130,22 @@ pub struct Moved {
     pub tx_payload: u64,
     pub rx_payload: u64,
 }
+
+macro_rules! add_moved {
+    ($($sum:ty),*) => {$(
+        impl std::ops::AddAssign<Moved> for $sum {
+            fn add_assign(&mut self, moved: Moved) {
+                self.tx_packets += moved.tx_packets;
+                self.rx_packets += moved.rx_packets;
+                self.tx_bytes += moved.tx_bytes;
+                self.rx_bytes += moved.rx_bytes;
+                self.tx_payload += moved.tx_payload;
+                self.rx_payload += moved.rx_payload;
+            }
+        }
+    )*};
+}
+add_moved!(Moved, FlowState);
 
 /// A record of the ring buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! The kernel's border: loads the programs, attaches them, fills their tries and reads what they count.
 //!
-//! A thin shell: nothing is decided here but what the kernel demands. All calls are synchronous and short. Names of maps and programs, and what they mean: docs/bpftool.md and
-//! [`netmon_common::abi`].
+//! A thin shell: nothing is decided here but what the kernel demands. All calls are synchronous and short. Names of maps
+//! and programs, and what they mean: docs/bpftool.md and [`netmon_common::abi`].
 //!
 //! Attachments are not pinned: they end with the process, however it ends (clsact filters of a killed agent excepted,
 //! which the next start replaces). Maps and programs are pinned for

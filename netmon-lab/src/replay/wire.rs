@@ -298,13 +298,7 @@ impl Watcher {
         let mut deltas = Vec::new();
         self.kernel.sweep_all(Now::read().boot_ns, &mut deltas);
         for delta in deltas {
-            let (sum, moved) = (self.flows.entry(delta.flow).or_default(), delta.moved);
-            sum.tx_packets += moved.tx_packets;
-            sum.rx_packets += moved.rx_packets;
-            sum.tx_bytes += moved.tx_bytes;
-            sum.rx_bytes += moved.rx_bytes;
-            sum.tx_payload += moved.tx_payload;
-            sum.rx_payload += moved.rx_payload;
+            *self.flows.entry(delta.flow).or_default() += delta.moved;
         }
     }
 

@@ -143,13 +143,7 @@ impl Loaded {
                 ifindex: delta.ifindex,
                 ..FlowState::default()
             });
-            let moved = delta.moved;
-            state.tx_packets += moved.tx_packets;
-            state.rx_packets += moved.rx_packets;
-            state.tx_bytes += moved.tx_bytes;
-            state.rx_bytes += moved.rx_bytes;
-            state.tx_payload += moved.tx_payload;
-            state.rx_payload += moved.rx_payload;
+            *state += delta.moved;
             if state.opened == OPENED_UNKNOWN {
                 state.opened = delta.opened;
             }
@@ -181,11 +175,15 @@ impl Loaded {
         std::mem::forget(self.kernel.take());
     }
 
-    fn send(&self, job: impl FnOnce() + Send + 'static) {
-        if let Err(unsent) = self.jobs.send(Box::new(job)) {
+    /// False: the host has ended.
+    fn send(&self, job: impl FnOnce() + Send + 'static) -> bool {
+        let result = self.jobs.send(Box::new(job));
+        let sent = result.is_ok();
+        if let Err(unsent) = result {
             // Dropping it here would take away what stands in the namespaces of this thread.
             std::mem::forget(unsent);
         }
+        sent
     }
 }
 
@@ -193,12 +191,14 @@ impl Drop for Loaded {
     fn drop(&mut self) {
         let Some(kernel) = self.kernel.take() else { return };
         let (result, wait) = mpsc::channel();
-        self.send(move || {
+        let sent = self.send(move || {
             drop(kernel);
             let _ = result.send(());
         });
         // A host whose job has panicked ends without an answer.
-        let _ = wait.recv();
+        if sent {
+            let _ = wait.recv();
+        }
     }
 }
 
