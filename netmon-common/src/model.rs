@@ -374,9 +374,9 @@ pub struct Coverage {
     pub malformed: u64,
     /// Bytes of these frames.
     pub malformed_bytes: u64,
-    /// Frames of flows for which the flow table had no room.
+    /// Frames of flows that found no slot in the flow table, and no room in the ring to empty one.
     pub table_full: u64,
-    /// "Flow opened" records that found the ring full.
+    /// "Flow opened" records that found the ring half full. Their flows are counted.
     pub ring_full: u64,
     /// Records that wait in the spool for the server.
     pub backlog: u64,
@@ -409,9 +409,10 @@ pub enum GapReason {
     AgentDown,
     /// The agent was held up; transfers in this time may be merged. Count: unknown.
     AgentStalled,
-    /// The kernel's flow table was full. Count: frames.
+    /// Flows found no slot in the kernel's flow table, and no room in the ring to empty one. Count: frames.
     FlowTableFull,
-    /// The ring buffer was full; the flows are counted, their start is late. Count: flows.
+    /// The ring buffer was full; the flows are counted, their start is late. Count: flows. Not recorded any more: the next
+    /// sweep finds such a flow.
     RingFull,
     /// Too many transfers at once; the rest is in the ledger. Count: flows.
     TransferTableFull,
@@ -431,7 +432,8 @@ pub enum GapReason {
     LogUnwritable,
     /// An interface that was to be watched was not. Count: unknown.
     InterfaceNotWatched,
-    /// The kernel's tables could not be read; what moved meanwhile is reported late, as one. Count: unknown.
+    /// The kernel's tables could not be read; what moved meanwhile is reported late, as one. Count: unknown. Not
+    /// recorded any more: reading the tables cannot fail.
     TablesUnreadable,
     /// A USB disk is there whose I/O counters cannot be read. Count: disks.
     UsbDiskNotMeasured,

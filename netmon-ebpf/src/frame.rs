@@ -75,8 +75,8 @@ impl Frame for SkbFrame<'_> {
     }
 }
 
-/// A frame in an XDP program: linear, read in place. It does not tell its segments (generic XDP may see a GRO
-/// super-packet, which then counts as one).
+/// A frame in an XDP program: linear, read in place. It does not tell its segments (generic XDP may see a GSO
+/// super-packet of a virtual link, which then counts as one).
 pub struct XdpFrame<'a>(pub &'a XdpContext);
 
 impl Frame for XdpFrame<'_> {
