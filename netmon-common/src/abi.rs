@@ -33,8 +33,12 @@ pub mod maps {
     pub const EVENTS: &str = "nm_events";
     /// Array with one [`super::CpuStats`] for each CPU.
     pub const STATS: &str = "nm_stats";
-    /// Array with one [`super::Config`].
-    pub const CONFIG: &str = "nm_config";
+}
+
+/// Names of the programs' constants.
+pub mod constants {
+    /// A [`super::TableLayout`], written by the loader before the kernel sees the programs.
+    pub const TABLE_LAYOUT: &str = "NM_TABLE_LAYOUT";
 }
 
 /// Names of the programs.
@@ -190,7 +194,7 @@ pub struct Counts {
     pub rx_payload: u64,
     /// Last packet, boot clock, in ticks of [`TICK_NS`]; wraps.
     pub last_tick: u32,
-    /// [`Config::generation`] (its low half) under which `class` and `label` were looked up.
+    /// [`CpuStats::generation`] (its low half) under which `class` and `label` were looked up.
     pub generation: u16,
     /// Label of the muted prefix; 0 unless the class is [`CLASS_MUTED`].
     pub label: u16,
@@ -424,27 +428,26 @@ pub struct CpuStats {
     pub clock_ns: u64,
     /// When this CPU last woke the agent, boot clock, nanoseconds.
     pub woken_ns: u64,
+    /// Written by the agent: another number whenever the tries were refilled. A flow of another generation is classified
+    /// again.
+    pub generation: u32,
     /// Always zero.
-    pub pad: u64,
+    pub pad: u32,
 }
 
-/// What the agent tells the programs.
+/// How the tables are laid out: a constant of the programs, another one at every start of the agent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Config {
-    /// Grows whenever the tries were refilled; a flow with an older generation is classified again.
-    pub generation: u32,
+pub struct TableLayout {
     /// Sets that each CPU has in each table, a multiple of [`REGION_SETS`].
     pub sets: u32,
     /// Regions that each table has, over all CPUs.
     pub regions: u32,
-    /// Always zero.
-    pub pad: u32,
     /// Random numbers that make it unknown which flows share a set.
     pub hash_keys: [u64; HASH_KEYS],
 }
 
-/// Words of four bytes in an IPv6 slot's key.
+/// Words of four bytes in an IPv6 slot's key, the protocol being one.
 pub const HASH_KEYS: usize = 10;
 
 /// What a prefix in a trie stands for.
@@ -469,7 +472,7 @@ const _: () = assert!(size_of::<FragmentPorts>() == 4);
 const _: () = assert!(size_of::<FlowOpened>() == 64);
 const _: () = assert!(size_of::<Stats>() == 96);
 const _: () = assert!(size_of::<CpuStats>() == 128);
-const _: () = assert!(size_of::<Config>() == 96);
+const _: () = assert!(size_of::<TableLayout>() == 88);
 const _: () = assert!(size_of::<PrefixValue>() == 4);
 
 #[cfg(feature = "aya")]
@@ -483,5 +486,5 @@ mod pod {
             unsafe impl aya::Pod for $t {}
         )*};
     }
-    pod!(Flow4Key, Flow6Key, FlowState, Slot4, Slot6, Set4, Set6, CpuStats, Config, PrefixValue);
+    pod!(Flow4Key, Flow6Key, FlowState, Slot4, Slot6, Set4, Set6, CpuStats, TableLayout, PrefixValue);
 }

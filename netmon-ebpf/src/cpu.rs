@@ -49,6 +49,13 @@ impl Cpu {
         Some(Self { number, state: STATS.get_ptr_mut(number)? })
     }
 
+    /// Of the prefixes by which flows are classified.
+    #[inline(always)]
+    pub fn generation(&self) -> u16 {
+        // SAFETY: the map gave the pointer; the agent writes at any time, and any value of its is one.
+        unsafe { (&raw const (*self.state).generation).read_volatile() as u16 }
+    }
+
     /// Boot clock, nanoseconds, as it was at this jiffy's first packet. The clock itself costs as much as all the rest of
     /// the hot path; jiffies cost next to nothing.
     #[inline(always)]

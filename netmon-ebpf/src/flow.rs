@@ -21,7 +21,7 @@ use crate::{
     cpu::Cpu,
     frame::Frame,
     key::{Key, Slot},
-    maps::{CONFIG, EVENTS, TOUCHED},
+    maps::{EVENTS, TOUCHED, table_layout},
     parse::{Measure, looks_like_quic},
 };
 
@@ -64,37 +64,38 @@ pub fn count<F: Frame, K: Key>(
     measure: &Measure,
     direction: Direction,
 ) -> bool {
-    let Some(config) = CONFIG.get_ptr(0) else {
-        return false;
-    };
-    // SAFETY: entry 0 of an array with one entry is there as long as the program is.
-    let (sets, regions, generation) =
-        unsafe { ((*config).sets, (*config).regions, (*config).generation as u16) };
-    // SAFETY: as above.
-    let hash = key.hash(unsafe { &(*config).hash_keys });
+    let layout = table_layout();
+    // SAFETY: constants of the programs.
+    let (sets, regions, hash) = unsafe { ((*layout).sets, (*layout).regions, key.hash(&(*layout).hash_keys)) };
     let in_part = ((u64::from(hash) * u64::from(sets)) >> 32) as u32;
     let index = cpu.number * sets + in_part;
     let Some(set) = K::set(index) else {
         return false;
     };
     let region = K::FIRST_REGION * regions + index / REGION_SETS as u32;
-    for way in 0..WAYS {
+    // A flow is where its hash says, unless another one was there before it. With many flows each slot that is looked at
+    // is one more line that no cache has.
+    let home = hash as usize % WAYS;
+    for step in 0..WAYS {
         // SAFETY: a set has this many slots.
-        let slot = unsafe { set.add(way) };
+        let slot = unsafe { set.add((home + step) % WAYS) };
         if key.is_in(slot) {
-            update(cpu, slot, frame, key, measure, direction, region, generation);
+            update(cpu, slot, frame, key, measure, direction, region);
             return true;
         }
     }
     // Copies, for the subprograms to point to: the originals stay in registers.
     let (key, measure) = (*key, *measure);
     let class = key.classify(measure.group_frame);
-    take_slot(cpu.number, frame, &key, &measure, Place { index, direction, class }.packed())
+    take_slot(cpu.number, frame, &key, &measure, Place { index, home, direction, class }.packed())
 }
 
 /// Where a flow is to be put, and what it is. A subprogram takes five arguments, and this is one of them.
 struct Place {
+    /// Number of the set.
     index: u32,
+    /// The slot in it to begin with.
+    home: usize,
     direction: Direction,
     class: Class,
 }
@@ -104,6 +105,7 @@ impl Place {
     fn packed(self) -> u64 {
         u64::from(self.index)
             | (self.direction as u64) << 32
+            | (self.home as u64) << 33
             | u64::from(self.class.class) << 40
             | u64::from(self.class.label) << 48
     }
@@ -112,6 +114,7 @@ impl Place {
     fn unpacked(packed: u64) -> Self {
         Self {
             index: packed as u32,
+            home: (packed >> 33) as usize % WAYS,
             direction: if packed >> 32 & 1 == 0 { Direction::Sent } else { Direction::Received },
             class: Class { class: (packed >> 40) as u8, label: (packed >> 48) as u16 },
         }
@@ -143,7 +146,6 @@ fn update<F: Frame, K: Key>(
     measure: &Measure,
     direction: Direction,
     region: u32,
-    generation: u16,
 ) {
     let now_ns = cpu.now_ns();
     let (ports, counts) = (K::Slot::ports(slot), K::Slot::counts(slot));
@@ -171,15 +173,17 @@ fn update<F: Frame, K: Key>(
         if measure.later_fragment {
             hints |= HINT_FRAGMENTS;
         }
-        if hints & !(*ports).hints != 0 {
-            (*ports).hints |= hints;
-        }
-        if measure.tcp_flags & !(*ports).tcp_flags != 0 {
-            (*ports).tcp_flags |= measure.tcp_flags;
+        // The port word's upper half at once, in the order of `Ports`.
+        let word = ports.cast::<u64>();
+        let before = word.read();
+        let news = u64::from(measure.tcp_flags) << 40 | u64::from(hints) << 48;
+        if news & !before != 0 {
+            word.write(before | news);
         }
 
         // One frame to a link-layer group must not hide the unicast traffic that follows it.
-        let was_group = (*ports).class == CLASS_GROUP && !measure.group_frame;
+        let was_group = (before >> 56) as u8 == CLASS_GROUP && !measure.group_frame;
+        let generation = cpu.generation();
         if (*counts).generation != generation || was_group {
             // A copy: see `count`.
             let key = *key;
@@ -212,19 +216,19 @@ fn update<F: Frame, K: Key>(
 /// Its own subprogram: it happens once a flow, and needs much stack.
 #[inline(never)]
 fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, place: u64) -> bool {
-    let Place { index, direction, class: Class { class, label } } = Place::unpacked(place);
+    let Place { index, home, direction, class: Class { class, label } } = Place::unpacked(place);
     let Some(cpu) = Cpu::of(cpu) else {
         return false;
     };
-    let (Some(set), Some(config)) = (K::set(index), CONFIG.get_ptr(0)) else {
+    let Some(set) = K::set(index) else {
         return false;
     };
     // The first packet of all tells who opened the flow, and each CPU has another first one.
     let now_ns = cpu.exact_ns();
     let tick = (now_ns >> TICK_SHIFT) as u32;
-    let (way, free) = longest_silent::<K>(set, tick);
-    // SAFETY: `way` is below the number of slots, and the mask shows it to the verifier.
-    let slot = unsafe { set.add(way & (WAYS - 1)) };
+    let (way, free) = longest_silent::<K>(set, home, tick);
+    // SAFETY: the remainder is a slot's number, and shows it to the verifier.
+    let slot = unsafe { set.add(way % WAYS) };
     let number = index * WAYS as u32 + way as u32;
     // SAFETY: the map gave the pointer, and this CPU is the only writer of these fields.
     let (incarnation, handed_over) = unsafe {
@@ -235,8 +239,9 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
         ((*K::Slot::life(slot)).incarnation, unread)
     };
 
-    // SAFETY: entry 0 of an array with one entry is there as long as the program is.
-    let (generation, regions) = unsafe { ((*config).generation as u16, (*config).regions) };
+    let generation = cpu.generation();
+    // SAFETY: a constant of the programs.
+    let regions = unsafe { (*table_layout()).regions };
     touch(K::FIRST_REGION * regions + index / REGION_SETS as u32, now_ns);
     let opened = opened(measure, direction);
     let mut hints = if measure.later_fragment { HINT_FRAGMENTS } else { 0 };
@@ -282,11 +287,12 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
     true
 }
 
-/// The slot to take: an empty one (true), or that of the flow whose last packet is longest ago.
+/// The slot to take: the first empty one (true), or that of the flow whose last packet is longest ago.
 #[inline(always)]
-fn longest_silent<K: Key>(set: *mut K::Slot, tick: u32) -> (usize, bool) {
-    let (mut choice, mut longest) = (0, 0);
-    for way in 0..WAYS {
+fn longest_silent<K: Key>(set: *mut K::Slot, home: usize, tick: u32) -> (usize, bool) {
+    let (mut choice, mut longest) = (home, 0);
+    for step in 0..WAYS {
+        let way = (home + step) % WAYS;
         // SAFETY: a set has this many slots, and this CPU is their only writer.
         let (incarnation, last_tick) = unsafe {
             let slot = set.add(way);

@@ -1,6 +1,6 @@
 //! What differs between the two tables: keys, slots, hashes.
 
-use netmon_common::abi::{Counts, HASH_KEYS, IPPROTO_TCP, Life, Ports, Slot4, Slot6};
+use netmon_common::abi::{Counts, HASH_KEYS, Life, Ports, Slot4, Slot6};
 
 use crate::{
     classify::{self, Class},
@@ -55,8 +55,8 @@ pub trait Key: Copy {
 
     /// The set with this number, as a pointer to its first slot.
     fn set(index: u32) -> Option<*mut Self::Slot>;
-    /// A number that is spread evenly, and that nobody can foretell who does not know the random `keys`: the upper half
-    /// of the sum of products of the key's words with them (a strongly universal family; Lemire, Kaser 2014).
+    /// A number that is spread evenly, and that nobody can foretell who does not know the random `keys`; see
+    /// [`product`].
     fn hash(&self, keys: &[u64; HASH_KEYS]) -> u32;
     /// Is the slot this flow's? An empty slot has protocol 0, so it is nobody's.
     fn is_in(&self, slot: *mut Self::Slot) -> bool;
@@ -72,6 +72,15 @@ pub trait Key: Copy {
     unsafe fn write_addresses(&self, local: *mut u64, remote: *mut u64);
     /// Looks the counterpart up in the tries.
     fn classify(&self, group_frame: bool) -> Class;
+}
+
+/// A word's part of the hash; the upper half of the sum of all is the hash. Each half of the word meets a random number
+/// of its own, one multiplication for both ("Multilinear-HM" of Lemire and Kaser, Strongly universal string hashing is
+/// fast, 2014). The lower half is not cut out of the word: what that adds depends on the upper half and `second` alone, so
+/// two words that differ still differ by `first` or `second` times something that is not 0.
+#[inline(always)]
+fn product(word: u64, first: u64, second: u64) -> u64 {
+    word.wrapping_add(first).wrapping_mul((word >> 32).wrapping_add(second))
 }
 
 /// Local and remote port as they are in [`Ports`], and the protocol in the byte behind: the part of that word that is
@@ -105,13 +114,6 @@ impl PortsWord {
     unsafe fn write_to<S: Slot>(self, slot: *mut S) {
         // SAFETY: the caller's promise; the word is aligned.
         unsafe { S::ports(slot).cast::<u64>().write(self.0) };
-    }
-
-    #[inline(always)]
-    fn hash(self, keys: [u64; 2]) -> u64 {
-        let product = keys[0].wrapping_mul(self.0 & 0xffff_ffff);
-        // Two protocols: one product, or none.
-        if (self.0 >> 32) as u8 == IPPROTO_TCP { product.wrapping_add(keys[1]) } else { product }
     }
 }
 
@@ -147,10 +149,8 @@ impl Key for Key4 {
 
     #[inline(always)]
     fn hash(&self, keys: &[u64; HASH_KEYS]) -> u32 {
-        let sum = keys[0]
-            .wrapping_mul(self.addresses & 0xffff_ffff)
-            .wrapping_add(keys[1].wrapping_mul(self.addresses >> 32))
-            .wrapping_add(self.ports.hash([keys[2], keys[3]]));
+        let sum = product(self.addresses, keys[0], keys[1])
+            .wrapping_add(product(self.ports.0, keys[2], keys[3]));
         (sum >> 32) as u32
     }
 
@@ -220,14 +220,11 @@ impl Key for Key6 {
 
     #[inline(always)]
     fn hash(&self, keys: &[u64; HASH_KEYS]) -> u32 {
-        let two = |word: u64, first: u64, second: u64| {
-            first.wrapping_mul(word & 0xffff_ffff).wrapping_add(second.wrapping_mul(word >> 32))
-        };
-        let sum = two(self.local[0], keys[0], keys[1])
-            .wrapping_add(two(self.local[1], keys[2], keys[3]))
-            .wrapping_add(two(self.remote[0], keys[4], keys[5]))
-            .wrapping_add(two(self.remote[1], keys[6], keys[7]))
-            .wrapping_add(self.ports.hash([keys[8], keys[9]]));
+        let sum = product(self.local[0], keys[0], keys[1])
+            .wrapping_add(product(self.local[1], keys[2], keys[3]))
+            .wrapping_add(product(self.remote[0], keys[4], keys[5]))
+            .wrapping_add(product(self.remote[1], keys[6], keys[7]))
+            .wrapping_add(product(self.ports.0, keys[8], keys[9]));
         (sum >> 32) as u32
     }
 

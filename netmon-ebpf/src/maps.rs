@@ -6,9 +6,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use netmon_common::abi::{
-    Config, CpuStats, Evicted, Flow4Key, Flow6Key, FlowState, FragmentKey, FragmentPorts, MAX_CPUS,
+    CpuStats, Evicted, Flow4Key, Flow6Key, FlowState, FragmentKey, FragmentPorts, HASH_KEYS, MAX_CPUS,
     MAX_FLOWS, MAX_FRAGMENTS, MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES, MAX_SHOWN, PrefixValue, REGION_SETS,
-    RING_BYTES, Set4, Set6, WAYS,
+    RING_BYTES, Set4, Set6, TableLayout, WAYS,
 };
 
 /// `BPF_F_MMAPABLE` (kernel 5.5): the agent reads the map without system calls.
@@ -67,6 +67,15 @@ pub static EVENTS: RingBuf<Evicted, RING_BYTES> = RingBuf::new();
 #[btf_map(name = "nm_stats")]
 pub static STATS: Array<CpuStats, MAX_CPUS, MMAPABLE> = Array::new();
 
-/// What the agent tells us.
-#[btf_map(name = "nm_config")]
-pub static CONFIG: Array<Config, 1> = Array::new();
+/// How the tables are laid out. Written by the agent before the kernel sees it: read it by [`table_layout`], the compiler
+/// knows only these zeros.
+#[unsafe(no_mangle)]
+static NM_TABLE_LAYOUT: TableLayout = TableLayout { sets: 0, regions: 0, hash_keys: [0; HASH_KEYS] };
+
+/// How the tables are laid out.
+#[inline(always)]
+pub fn table_layout() -> *const TableLayout {
+    let layout: *const TableLayout = &raw const NM_TABLE_LAYOUT;
+    // So that the compiler does not see what it points to.
+    core::hint::black_box(layout)
+}

@@ -19,15 +19,15 @@ use std::sync::atomic::Ordering;
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, RingBuf},
+    maps::{HashMap, Map, MapData, MapError, RingBuf},
     programs::{Program, SchedClassifier, Xdp},
 };
 use ipnet::IpNet;
 use netmon_common::{
     abi::{
-        Config, CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, HASH_KEYS, MAX_FLOWS,
-        MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, Slot4, Slot6, Stats, WAYS, maps,
-        programs,
+        CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, HASH_KEYS, MAX_FLOWS,
+        MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, Slot4, Slot6, Stats, TableLayout,
+        WAYS, constants, maps, programs,
     },
     model::Hook,
 };
@@ -135,8 +135,8 @@ const LATE_NS: u64 = 1_000_000_000;
 /// Everything is swept this often.
 pub const SWEEP_ALL_NS: u64 = 10_000_000_000;
 
-/// Sizes for the programs: as many sets for each CPU as `slots` in all allow, in whole regions.
-fn configuration(slots: u32, cpus: usize) -> Result<Config, KernelError> {
+/// As many sets for each CPU as `slots` in all allow, in whole regions.
+fn table_layout(slots: u32, cpus: usize) -> Result<TableLayout, KernelError> {
     let cpus = u32::try_from(cpus.max(1)).unwrap_or(u32::MAX);
     let region_slots = (REGION_SETS * WAYS) as u32;
     let regions_each = (slots / cpus / region_slots).max(1);
@@ -144,13 +144,7 @@ fn configuration(slots: u32, cpus: usize) -> Result<Config, KernelError> {
     for key in &mut hash_keys {
         *key = getrandom::u64().map_err(KernelError::Random)?;
     }
-    Ok(Config {
-        generation: 0,
-        sets: regions_each * REGION_SETS as u32,
-        regions: regions_each * cpus,
-        pad: 0,
-        hash_keys,
-    })
+    Ok(TableLayout { sets: regions_each * REGION_SETS as u32, regions: regions_each * cpus, hash_keys })
 }
 
 fn array(map: &Map) -> Result<&MapData, KernelError> {
@@ -211,8 +205,8 @@ pub struct Kernel {
     shown6: HashMap<MapData, Flow6Key, FlowState>,
     cpus: usize,
     stats: Mapping,
-    config: Config,
-    config_map: Array<MapData, Config>,
+    /// Of the prefixes in the tries.
+    generation: u32,
     events: RingBuf<MapData>,
     /// Most records that the ring can hold.
     ring_records: usize,
@@ -235,7 +229,7 @@ impl std::fmt::Debug for Kernel {
         f.debug_struct("Kernel")
             .field("options", &self.options)
             .field("attached", &self.attached)
-            .field("config", &self.config)
+            .field("generation", &self.generation)
             .finish_non_exhaustive()
     }
 }
@@ -260,12 +254,13 @@ impl Kernel {
     fn load_and_pin(options: LoadOptions) -> Result<Self, KernelError> {
         let sizes = options.sizes;
         let cpus = aya::util::nr_cpus().map_err(|(file, source)| KernelError::Cpus { file, source })?;
-        let config = configuration(sizes.flows, cpus)?;
-        let sets = config.regions * REGION_SETS as u32;
+        let layout = table_layout(sizes.flows, cpus)?;
+        let sets = layout.regions * REGION_SETS as u32;
         let mut ebpf = EbpfLoader::new()
+            .override_global(constants::TABLE_LAYOUT, &layout, true)
             .map_max_entries(maps::TABLE4, sets)
             .map_max_entries(maps::TABLE6, sets)
-            .map_max_entries(maps::TOUCHED, 2 * config.regions)
+            .map_max_entries(maps::TOUCHED, 2 * layout.regions)
             .map_max_entries(maps::STATS, cpus as u32)
             .map_max_entries(maps::LAN4, sizes.lan_prefixes)
             .map_max_entries(maps::LAN6, sizes.lan_prefixes)
@@ -300,16 +295,13 @@ impl Kernel {
         take(maps::FRAGMENTS)?;
         let shown4 = HashMap::try_from(take(maps::FLOWS4)?).map_err(map_error("open", maps::FLOWS4))?;
         let shown6 = HashMap::try_from(take(maps::FLOWS6)?).map_err(map_error("open", maps::FLOWS6))?;
-        let regions = config.regions as usize;
+        let regions = layout.regions as usize;
         let table4 = take(maps::TABLE4)?;
         let table4 = Table::new(array(&table4)?, regions, 0).map_err(memory_error(maps::TABLE4))?;
         let table6 = take(maps::TABLE6)?;
         let table6 = Table::new(array(&table6)?, regions, regions).map_err(memory_error(maps::TABLE6))?;
         let touched = Mapping::new(array(&take(maps::TOUCHED)?)?).map_err(memory_error(maps::TOUCHED))?;
         let stats = Mapping::new(array(&take(maps::STATS)?)?).map_err(memory_error(maps::STATS))?;
-        let mut config_map = Array::try_from(take(maps::CONFIG)?).map_err(map_error("open", maps::CONFIG))?;
-        // Before anything is attached: without it there are no sets.
-        config_map.set(0, config, 0).map_err(map_error("write", maps::CONFIG))?;
         let ring = RingBuf::try_from(take(maps::EVENTS)?).map_err(map_error("open", maps::EVENTS))?;
         Ok(Self {
             tcx: options.tc == TcKind::Best,
@@ -326,8 +318,7 @@ impl Kernel {
             shown6,
             cpus,
             stats,
-            config,
-            config_map,
+            generation: 0,
             events: ring,
             refused_records: 0,
             swept_ns: 0,
@@ -443,8 +434,11 @@ impl Kernel {
         change += prefixes::refill(&mut tries.mute4, maps::MUTE4, &mute4)?;
         change += prefixes::refill(&mut tries.mute6, maps::MUTE6, &mute6)?;
         // Last: a flow that is classified again under this generation finds all of it.
-        self.config.generation = self.config.generation.wrapping_add(1);
-        self.config_map.set(0, self.config, 0).map_err(map_error("write", maps::CONFIG))?;
+        self.generation = self.generation.wrapping_add(1);
+        for cpu in 0..self.cpus {
+            let at = cpu * size_of::<CpuStats>() + std::mem::offset_of!(CpuStats, generation);
+            self.stats.half(at / 4).store(self.generation, Ordering::Release);
+        }
         Ok(change)
     }
 

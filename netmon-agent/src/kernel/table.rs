@@ -65,7 +65,7 @@ impl Mapping {
     }
 
     /// The word of four bytes with this number.
-    fn half(&self, number: usize) -> &AtomicU32 {
+    pub fn half(&self, number: usize) -> &AtomicU32 {
         assert!(number < self.bytes / 4, "a word behind the end of a map");
         // SAFETY: as above.
         unsafe { self.start.cast::<AtomicU32>().add(number).as_ref() }

@@ -270,7 +270,6 @@ fn pins_have_the_names_of_the_abi_and_the_directory_is_for_root_alone() {
         maps::MUTE6,
         maps::EVENTS,
         maps::STATS,
-        maps::CONFIG,
         programs::TC_INGRESS,
         programs::TC_EGRESS,
         programs::TC_L3_INGRESS,

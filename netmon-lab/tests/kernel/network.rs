@@ -459,7 +459,7 @@ fn bpftool_prints_the_flow_table_with_field_names() {
     println!("$ bpftool link show\n{}", show("link show".into()));
     println!("$ bpftool map show\n{}", show("map show".into()));
     println!("$ bpftool map dump name nm_flows4\n{dump}");
-    for map in [maps::STATS, maps::CONFIG, maps::LAN4] {
+    for map in [maps::STATS, maps::LAN4] {
         println!(
             "$ bpftool map dump name {map}\n{}",
             show(format!("map dump pinned {}", pins.join(map).display()))
