@@ -12,6 +12,8 @@ pub mod maps {
     pub const TABLE4: &str = "nm_table4";
     /// Flow table, IPv6: array of [`super::Set6`].
     pub const TABLE6: &str = "nm_table6";
+    /// Where the flows in the slots come from: array of [`super::Lives`], IPv4's sets, then IPv6's.
+    pub const LIVES: &str = "nm_lives";
     /// When a region of a table was last written to: array of boot times in nanoseconds; IPv4's regions, then IPv6's.
     pub const TOUCHED: &str = "nm_touched";
     /// Ports of datagrams whose first fragment was seen (LRU hash): [`super::FragmentKey`] → [`super::FragmentPorts`].
@@ -58,7 +60,7 @@ pub mod programs {
 /// A flow is in a new burst when its last packet is this old: the two seconds of silence that end a transfer.
 pub const SILENCE_NS: u64 = 2_000_000_000;
 
-/// Slots in each of the two flow tables, over all CPUs (8 MiB each). A PC has some hundreds of flows; what finds no
+/// Slots in each of the two flow tables, over all CPUs (4 and 6 MiB, and 2.5 MiB each of [`Lives`]). A PC has some hundreds of flows; what finds no
 /// slot takes that of the flow that was silent for longest, whose counts are handed over.
 pub const MAX_FLOWS: usize = 65_536;
 /// Slots in a set. A flow may be in any slot of the one set that its hash names.
@@ -180,7 +182,7 @@ pub struct Ports {
     pub class: u8,
 }
 
-/// What a slot counts. With the key these are the 64 bytes that a packet writes to.
+/// What a slot counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -230,8 +232,8 @@ pub struct Life {
     pub read_rx_packets: u32,
 }
 
-/// One IPv4 flow in one CPU's table: only programs on this CPU write to it, one at a time, but for the three fields
-/// of [`Life`] that are the agent's.
+/// One IPv4 flow in one CPU's table: only programs on this CPU write to it, one at a time. One cache line, and all that a
+/// packet of a flow that has its slot writes to.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Slot4 {
@@ -243,14 +245,10 @@ pub struct Slot4 {
     pub ports: Ports,
     /// What is counted.
     pub counts: Counts,
-    /// Beginning, and what was read.
-    pub life: Life,
-    /// Always zero.
-    pub pad: [u64; 3],
 }
 
 /// One IPv6 flow in one CPU's table; see [`Slot4`].
-#[repr(C, align(64))]
+#[repr(C, align(32))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Slot6 {
     /// This PC's address.
@@ -261,8 +259,8 @@ pub struct Slot6 {
     pub ports: Ports,
     /// What is counted.
     pub counts: Counts,
-    /// Beginning, and what was read.
-    pub life: Life,
+    /// Always zero.
+    pub pad: u64,
 }
 
 /// Element of `nm_table4`.
@@ -281,8 +279,19 @@ pub struct Set6 {
     pub slots: [Slot6; WAYS],
 }
 
-/// Words of eight bytes in a slot.
-pub const SLOT_WORDS: usize = 16;
+/// Element of `nm_lives`: what belongs to a set's slots and is rarely needed. Kept apart, so that more slots fit into the
+/// caches and into what the processor remembers of the page tables.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lives {
+    /// In the slots' order.
+    pub lives: [Life; WAYS],
+}
+
+/// Words of eight bytes in a [`Slot6`], the larger one.
+pub const SLOT_WORDS: usize = 12;
+/// Words of eight bytes in a [`Life`].
+pub const LIFE_WORDS: usize = 5;
 
 /// Ring buffer record: a flow lost its slot to another one before the agent had read all of it. Submitted before the
 /// slot changes hands.
@@ -293,8 +302,10 @@ pub struct Evicted {
     pub slot: u32,
     /// 4 or 6.
     pub family: u32,
-    /// The [`Slot4`] or [`Slot6`], with all that was counted in this incarnation.
+    /// The [`Slot4`] (and zeros) or [`Slot6`], with all that was counted in this incarnation.
     pub words: [u64; SLOT_WORDS],
+    /// Its [`Life`].
+    pub life: [u64; LIFE_WORDS],
 }
 
 /// A datagram in fragments (RFC 791, section 3.2; RFC 8200, section 4.5).
@@ -463,10 +474,10 @@ pub struct PrefixValue {
 const _: () = assert!(size_of::<Flow4Key>() == 16);
 const _: () = assert!(size_of::<Flow6Key>() == 40);
 const _: () = assert!(size_of::<FlowState>() == 80);
-const _: () = assert!(size_of::<Slot4>() == 128 && size_of::<Slot6>() == 128);
-const _: () = assert!(size_of::<Slot4>() == SLOT_WORDS * 8);
-const _: () = assert!(offset_of!(Slot4, life) == 64);
-const _: () = assert!(size_of::<Evicted>() == 136);
+const _: () = assert!(size_of::<Slot4>() == 64 && size_of::<Slot6>() == SLOT_WORDS * 8);
+const _: () = assert!(size_of::<Life>() == LIFE_WORDS * 8);
+const _: () = assert!(offset_of!(Life, read_tx_packets) % 8 == 0 && offset_of!(Counts, tx_packets) % 8 == 0);
+const _: () = assert!(size_of::<Evicted>() == 144);
 const _: () = assert!(size_of::<FragmentKey>() == 40);
 const _: () = assert!(size_of::<FragmentPorts>() == 4);
 const _: () = assert!(size_of::<FlowOpened>() == 64);
@@ -486,5 +497,18 @@ mod pod {
             unsafe impl aya::Pod for $t {}
         )*};
     }
-    pod!(Flow4Key, Flow6Key, FlowState, Slot4, Slot6, Set4, Set6, CpuStats, TableLayout, PrefixValue);
+    pod!(
+        Flow4Key,
+        Flow6Key,
+        FlowState,
+        Slot4,
+        Slot6,
+        Set4,
+        Set6,
+        Life,
+        Lives,
+        CpuStats,
+        TableLayout,
+        PrefixValue
+    );
 }

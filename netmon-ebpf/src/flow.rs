@@ -12,8 +12,8 @@ use core::arch::asm;
 
 use aya_ebpf::helpers::generated::bpf_ringbuf_query;
 use netmon_common::abi::{
-    CLASS_GROUP, Evicted, FlowOpened, HINT_FRAGMENTS, HINT_QUIC, IPPROTO_UDP, OPENED_HERE, OPENED_THERE,
-    OPENED_UNKNOWN, REGION_SETS, RING_BYTES, SILENCE_NS, SLOT_WORDS, TICK_NS, TICK_SHIFT, WAYS,
+    CLASS_GROUP, Evicted, FlowOpened, HINT_FRAGMENTS, HINT_QUIC, IPPROTO_UDP, LIFE_WORDS, Life, OPENED_HERE,
+    OPENED_THERE, OPENED_UNKNOWN, REGION_SETS, RING_BYTES, SILENCE_NS, SLOT_WORDS, TICK_NS, TICK_SHIFT, WAYS,
 };
 
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     cpu::Cpu,
     frame::Frame,
     key::{Key, Slot},
-    maps::{EVENTS, TOUCHED, table_layout},
+    maps::{EVENTS, LIVES, TOUCHED, table_layout},
     parse::{Measure, looks_like_quic},
 };
 
@@ -66,21 +66,21 @@ pub fn count<F: Frame, K: Key>(
 ) -> bool {
     let layout = table_layout();
     // SAFETY: constants of the programs.
-    let (sets, regions, hash) = unsafe { ((*layout).sets, (*layout).regions, key.hash(&(*layout).hash_keys)) };
+    let (sets, hash) = unsafe { ((*layout).sets, key.hash(&(*layout).hash_keys)) };
     let in_part = ((u64::from(hash) * u64::from(sets)) >> 32) as u32;
     let index = cpu.number * sets + in_part;
     let Some(set) = K::set(index) else {
         return false;
     };
-    let region = K::FIRST_REGION * regions + index / REGION_SETS as u32;
-    // A flow is where its hash says, unless another one was there before it. With many flows each slot that is looked at
-    // is one more line that no cache has.
+    // A flow is where its hash says, unless another one was there before it: with many flows each slot that is looked at is
+    // one more line that no cache has. The second slot is the other one of a pair of lines, which come together.
     let home = hash as usize % WAYS;
     for step in 0..WAYS {
+        let way = home ^ step;
         // SAFETY: a set has this many slots.
-        let slot = unsafe { set.add((home + step) % WAYS) };
+        let slot = unsafe { set.add(way) };
         if key.is_in(slot) {
-            update(cpu, slot, frame, key, measure, direction, region);
+            update(cpu, slot, index, way, frame, key, measure, direction);
             return true;
         }
     }
@@ -124,7 +124,10 @@ impl Place {
 /// Tells the agent where to look. Once a tick for each flow is enough: the agent looks where something was within the last
 /// second.
 #[inline(always)]
-fn touch(region: u32, now_ns: u64) {
+fn touch<K: Key>(set: u32, now_ns: u64) {
+    // SAFETY: a constant of the programs.
+    let regions = unsafe { (*table_layout()).regions };
+    let region = K::FIRST_REGION * regions + set / REGION_SETS as u32;
     if let Some(touched) = TOUCHED.get_ptr_mut(region) {
         // SAFETY: the map gave the pointer; a region belongs to one CPU.
         unsafe {
@@ -135,17 +138,26 @@ fn touch(region: u32, now_ns: u64) {
     }
 }
 
+/// The lives of a set's slots, as a pointer to the first one.
+#[inline(always)]
+fn lives<K: Key>(set: u32) -> Option<*mut Life> {
+    // SAFETY: a constant of the programs.
+    let regions = unsafe { (*table_layout()).regions };
+    LIVES.get_ptr_mut(K::FIRST_REGION * regions * REGION_SETS as u32 + set).map(|lives| lives.cast())
+}
+
 /// Adds a packet to a flow that has a slot.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "inlined: they are registers")]
 fn update<F: Frame, K: Key>(
     cpu: Cpu,
     slot: *mut K::Slot,
+    set: u32,
+    way: usize,
     frame: &F,
     key: &K,
     measure: &Measure,
     direction: Direction,
-    region: u32,
 ) {
     let now_ns = cpu.now_ns();
     let (ports, counts) = (K::Slot::ports(slot), K::Slot::counts(slot));
@@ -156,9 +168,11 @@ fn update<F: Frame, K: Key>(
         // The jiffy's clock may be behind the exact one that the first packet was stamped with.
         if silent != 0 && silent <= u32::MAX - JIFFY_TICKS {
             (*counts).last_tick = tick;
-            touch(region, now_ns);
-            if silent >= SILENCE_TICKS {
-                (*K::Slot::life(slot)).burst_ns = now_ns;
+            touch::<K>(set, now_ns);
+            if silent >= SILENCE_TICKS
+                && let Some(lives) = lives::<K>(set)
+            {
+                (*lives.add(way)).burst_ns = now_ns;
             }
         }
 
@@ -220,29 +234,27 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
     let Some(cpu) = Cpu::of(cpu) else {
         return false;
     };
-    let Some(set) = K::set(index) else {
+    let (Some(set), Some(lives)) = (K::set(index), lives::<K>(index)) else {
         return false;
     };
     // The first packet of all tells who opened the flow, and each CPU has another first one.
     let now_ns = cpu.exact_ns();
     let tick = (now_ns >> TICK_SHIFT) as u32;
-    let (way, free) = longest_silent::<K>(set, home, tick);
+    let (way, free) = longest_silent::<K>(set, lives, home, tick);
     // SAFETY: the remainder is a slot's number, and shows it to the verifier.
-    let slot = unsafe { set.add(way % WAYS) };
+    let (slot, life) = unsafe { (set.add(way % WAYS), lives.add(way % WAYS)) };
     let number = index * WAYS as u32 + way as u32;
     // SAFETY: the map gave the pointer, and this CPU is the only writer of these fields.
     let (incarnation, handed_over) = unsafe {
-        let unread = !free && !was_read::<K>(slot);
-        if unread && !hand_over::<K>(cpu, slot, number, now_ns) {
+        let unread = !free && !was_read::<K>(slot, life);
+        if unread && !hand_over::<K>(cpu, slot, life, number, now_ns) {
             return false;
         }
-        ((*K::Slot::life(slot)).incarnation, unread)
+        ((*life).incarnation, unread)
     };
 
     let generation = cpu.generation();
-    // SAFETY: a constant of the programs.
-    let regions = unsafe { (*table_layout()).regions };
-    touch(K::FIRST_REGION * regions + index / REGION_SETS as u32, now_ns);
+    touch::<K>(index, now_ns);
     let opened = opened(measure, direction);
     let mut hints = if measure.later_fragment { HINT_FRAGMENTS } else { 0 };
     if looks_like_quic(frame, measure) {
@@ -256,7 +268,7 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
     // Field by field, here and below: a whole value would be put together on the stack.
     // SAFETY: as above.
     unsafe {
-        let (ports, counts, life) = (K::Slot::ports(slot), K::Slot::counts(slot), K::Slot::life(slot));
+        let (ports, counts) = (K::Slot::ports(slot), K::Slot::counts(slot));
         (*life).incarnation = 0;
         barrier();
         key.write_to(slot);
@@ -282,22 +294,20 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
         (*life).incarnation = if next == 0 { 1 } else { next };
     }
     if !handed_over {
-        announce(cpu, key, measure, slot, now_ns);
+        announce(cpu, key, measure, slot, life, now_ns);
     }
     true
 }
 
 /// The slot to take: the first empty one (true), or that of the flow whose last packet is longest ago.
 #[inline(always)]
-fn longest_silent<K: Key>(set: *mut K::Slot, home: usize, tick: u32) -> (usize, bool) {
+fn longest_silent<K: Key>(set: *mut K::Slot, lives: *mut Life, home: usize, tick: u32) -> (usize, bool) {
     let (mut choice, mut longest) = (home, 0);
     for step in 0..WAYS {
-        let way = (home + step) % WAYS;
+        let way = home ^ step;
         // SAFETY: a set has this many slots, and this CPU is their only writer.
-        let (incarnation, last_tick) = unsafe {
-            let slot = set.add(way);
-            ((*K::Slot::life(slot)).incarnation, (*K::Slot::counts(slot)).last_tick)
-        };
+        let (incarnation, last_tick) =
+            unsafe { ((*lives.add(way)).incarnation, (*K::Slot::counts(set.add(way))).last_tick) };
         if incarnation == 0 {
             return (way, true);
         }
@@ -312,10 +322,10 @@ fn longest_silent<K: Key>(set: *mut K::Slot, home: usize, tick: u32) -> (usize, 
 /// Has the agent read all that a slot counts?
 ///
 /// # Safety
-/// `slot` must be a slot of this CPU.
+/// `slot` must be a slot of this CPU, `life` its life.
 #[inline(always)]
-unsafe fn was_read<K: Key>(slot: *mut K::Slot) -> bool {
-    let (counts, life) = (K::Slot::counts(slot), K::Slot::life(slot));
+unsafe fn was_read<K: Key>(slot: *mut K::Slot, life: *mut Life) -> bool {
+    let counts = K::Slot::counts(slot);
     // SAFETY: the caller's promise. The agent writes its three fields at any time, the incarnation last: what is read
     // here is what it has read, or something older.
     unsafe {
@@ -347,20 +357,27 @@ fn ring_fill() -> (u64, u64) {
 /// Puts a slot into the ring as it is. False: no room.
 ///
 /// # Safety
-/// `slot` must be a slot of this CPU.
+/// `slot` must be a slot of this CPU, `life` its life.
 #[inline(always)]
-unsafe fn hand_over<K: Key>(cpu: Cpu, slot: *mut K::Slot, number: u32, now_ns: u64) -> bool {
+unsafe fn hand_over<K: Key>(cpu: Cpu, slot: *mut K::Slot, life: *mut Life, number: u32, now_ns: u64) -> bool {
     let Some(mut entry) = EVENTS.reserve_untyped::<Evicted>(0) else {
         return false;
     };
     let record = entry.as_mut_ptr();
-    // SAFETY: the ring gave room for one record; a slot is as many words.
+    // SAFETY: the ring gave room for one record; slots and lives are as many words.
     unsafe {
         (*record).slot = number;
         (*record).family = K::FAMILY;
-        let words = slot.cast::<u64>();
+        let words = (&raw mut (*record).words).cast::<u64>();
         for word in 0..SLOT_WORDS {
-            (&raw mut (*record).words).cast::<u64>().add(word).write(words.add(word).read());
+            words.add(word).write(if word < K::Slot::WORDS {
+                slot.cast::<u64>().add(word).read()
+            } else {
+                0
+            });
+        }
+        for word in 0..LIFE_WORDS {
+            (&raw mut (*record).life).cast::<u64>().add(word).write(life.cast::<u64>().add(word).read());
         }
     }
     // A wake-up costs more than the record: none before there is something to do.
@@ -390,7 +407,7 @@ fn opened(measure: &Measure, direction: Direction) -> u8 {
 
 /// Tells the agent about a flow's first packet. The second half of the ring is for counts that are handed over.
 #[inline(always)]
-fn announce<K: Key>(cpu: Cpu, key: &K, measure: &Measure, slot: *mut K::Slot, now_ns: u64) {
+fn announce<K: Key>(cpu: Cpu, key: &K, measure: &Measure, slot: *mut K::Slot, life: *mut Life, now_ns: u64) {
     let (unread, size) = ring_fill();
     if unread > size / 2 {
         return cpu.ring_full();
@@ -399,9 +416,9 @@ fn announce<K: Key>(cpu: Cpu, key: &K, measure: &Measure, slot: *mut K::Slot, no
         return cpu.ring_full();
     };
     let record: *mut FlowOpened = entry.as_mut_ptr();
-    // SAFETY: the ring gave room for one record, every field of which is written; `slot` is one of this CPU.
+    // SAFETY: the ring gave room for one record, every field of which is written; `slot` and `life` are of this CPU.
     unsafe {
-        let (ports, life) = (K::Slot::ports(slot), K::Slot::life(slot));
+        let ports = K::Slot::ports(slot);
         key.write_addresses((&raw mut (*record).local_addr).cast(), (&raw mut (*record).remote_addr).cast());
         (*record).first_ns = now_ns;
         (*record).bytes = measure.l3_bytes;

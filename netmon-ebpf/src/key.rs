@@ -1,6 +1,6 @@
 //! What differs between the two tables: keys, slots, hashes.
 
-use netmon_common::abi::{Counts, HASH_KEYS, Life, Ports, Slot4, Slot6};
+use netmon_common::abi::{Counts, HASH_KEYS, Ports, Slot4, Slot6};
 
 use crate::{
     classify::{self, Class},
@@ -14,8 +14,8 @@ pub trait Slot {
     fn ports(slot: *mut Self) -> *mut Ports;
     /// Counters.
     fn counts(slot: *mut Self) -> *mut Counts;
-    /// Beginning, and what was read.
-    fn life(slot: *mut Self) -> *mut Life;
+    /// Its length in words of eight bytes.
+    const WORDS: usize;
 }
 
 macro_rules! slot {
@@ -33,11 +33,7 @@ macro_rules! slot {
                 unsafe { &raw mut (*slot).counts }
             }
 
-            #[inline(always)]
-            fn life(slot: *mut Self) -> *mut Life {
-                // SAFETY: as above.
-                unsafe { &raw mut (*slot).life }
-            }
+            const WORDS: usize = size_of::<$slot>() / 8;
         }
     };
 }
@@ -50,7 +46,7 @@ pub trait Key: Copy {
     type Slot: Slot;
     /// 4 or 6.
     const FAMILY: u32;
-    /// Which table's regions: 0 or 1.
+    /// Which table's regions and lives: 0 or 1.
     const FIRST_REGION: u32;
 
     /// The set with this number, as a pointer to its first slot.
@@ -149,8 +145,8 @@ impl Key for Key4 {
 
     #[inline(always)]
     fn hash(&self, keys: &[u64; HASH_KEYS]) -> u32 {
-        let sum = product(self.addresses, keys[0], keys[1])
-            .wrapping_add(product(self.ports.0, keys[2], keys[3]));
+        let sum =
+            product(self.addresses, keys[0], keys[1]).wrapping_add(product(self.ports.0, keys[2], keys[3]));
         (sum >> 32) as u32
     }
 

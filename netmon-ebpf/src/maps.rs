@@ -6,7 +6,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use netmon_common::abi::{
-    CpuStats, Evicted, Flow4Key, Flow6Key, FlowState, FragmentKey, FragmentPorts, HASH_KEYS, MAX_CPUS,
+    CpuStats, Evicted, Flow4Key, Flow6Key, FlowState, FragmentKey, FragmentPorts, HASH_KEYS, Lives, MAX_CPUS,
     MAX_FLOWS, MAX_FRAGMENTS, MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES, MAX_SHOWN, PrefixValue, REGION_SETS,
     RING_BYTES, Set4, Set6, TableLayout, WAYS,
 };
@@ -26,6 +26,10 @@ pub static TABLE4: Array<Set4, SETS, MMAPABLE> = Array::new();
 /// Flow table, IPv6.
 #[btf_map(name = "nm_table6")]
 pub static TABLE6: Array<Set6, SETS, MMAPABLE> = Array::new();
+
+/// Where the flows in the slots come from.
+#[btf_map(name = "nm_lives")]
+pub static LIVES: Array<Lives, { 2 * SETS }, MMAPABLE> = Array::new();
 
 /// When a region of a table was last written to.
 #[btf_map(name = "nm_touched")]

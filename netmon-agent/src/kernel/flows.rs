@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use netmon_common::abi::{Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, SLOT_WORDS};
+use netmon_common::abi::{Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, LIFE_WORDS, SLOT_WORDS};
 
 /// One flow as this PC sees it, by the addresses on the wire.
 ///
@@ -169,11 +169,11 @@ const EVICTED_BYTES: usize = size_of::<Evicted>();
 fn evicted(bytes: &[u8]) -> Option<Evicted> {
     let mut rest = bytes;
     let (slot, family) = (u32::from_ne_bytes(next(&mut rest)?), u32::from_ne_bytes(next(&mut rest)?));
-    let mut words = [0; SLOT_WORDS];
-    for word in &mut words {
+    let (mut words, mut life) = ([0; SLOT_WORDS], [0; LIFE_WORDS]);
+    for word in words.iter_mut().chain(&mut life) {
         *word = u64::from_ne_bytes(next(&mut rest)?);
     }
-    rest.is_empty().then_some(Evicted { slot, family, words })
+    rest.is_empty().then_some(Evicted { slot, family, words, life })
 }
 
 /// Field by field. `None` unless the length is right.
@@ -238,11 +238,12 @@ mod tests {
     #[test]
     fn records_are_told_apart_by_their_lengths() {
         assert!(matches!(record(&[1; 64]), Some(Record::Opened(_))));
-        let bytes: Vec<u8> = (0..136).collect();
+        let bytes: Vec<u8> = (0..144).collect();
         let Some(Record::Evicted(evicted)) = record(&bytes) else { panic!() };
         assert_eq!(evicted.slot.to_ne_bytes(), [0, 1, 2, 3]);
         assert_eq!(evicted.family.to_ne_bytes(), [4, 5, 6, 7]);
-        assert_eq!(evicted.words[15].to_ne_bytes(), [128, 129, 130, 131, 132, 133, 134, 135]);
+        assert_eq!(evicted.words[11].to_ne_bytes()[0], 8 + 88);
+        assert_eq!(evicted.life[4].to_ne_bytes()[7], 143);
         assert_eq!(record(&[1; 72]), None);
     }
 

@@ -20,21 +20,21 @@ use std::sync::atomic::Ordering;
 use aya::{
     Ebpf, EbpfLoader,
     maps::{HashMap, Map, MapData, MapError, RingBuf},
-    programs::{Program, SchedClassifier, Xdp},
+    programs::{Program, ProgramError, SchedClassifier, Xdp},
 };
 use ipnet::IpNet;
 use netmon_common::{
     abi::{
-        CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, HASH_KEYS, MAX_FLOWS,
-        MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, Slot4, Slot6, Stats, TableLayout,
-        WAYS, constants, maps, programs,
+        CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, HASH_KEYS, MAX_FLOWS, MAX_LAN_PREFIXES,
+        MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, Slot4, Slot6, Stats, TableLayout, WAYS, constants, maps,
+        programs,
     },
     model::Hook,
 };
 
 use self::{
     flows::{Record, ShownKey},
-    table::{Mapping, Scope, Table},
+    table::{Mapping, Scope, Shared, Table},
 };
 
 mod attach;
@@ -107,7 +107,7 @@ impl Default for LoadOptions {
 /// Sizes of the maps; the default is what [`netmon_common::abi`] names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Slots in each flow table, over all CPUs: 128 bytes each. Rounded down to what the CPUs can share evenly, but
+    /// Slots in each flow table, over all CPUs: 104 bytes each for IPv4, 136 for IPv6. Rounded down to what the CPUs can share evenly, but
     /// each has 64 at least.
     pub flows: u32,
     /// Prefixes in each trie of private networks.
@@ -145,6 +145,23 @@ fn table_layout(slots: u32, cpus: usize) -> Result<TableLayout, KernelError> {
         *key = getrandom::u64().map_err(KernelError::Random)?;
     }
     Ok(TableLayout { sets: regions_each * REGION_SETS as u32, regions: regions_each * cpus, hash_keys })
+}
+
+/// Loads a program, anew when the verifier was interrupted: it gives up with `EAGAIN` when anything wants the thread's
+/// attention (kernel/bpf/verifier.c, `do_check`).
+fn patiently(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    /// The library tries twice in each.
+    const ATTEMPTS: usize = 10;
+    let interrupted = |result: &Result<(), ProgramError>| matches!(result, Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock);
+    let mut result = load();
+    for _ in 1..ATTEMPTS {
+        if !interrupted(&result) {
+            break;
+        }
+        std::thread::yield_now();
+        result = load();
+    }
+    result
 }
 
 fn array(map: &Map) -> Result<&MapData, KernelError> {
@@ -200,7 +217,7 @@ pub struct Kernel {
     tries: Tries,
     table4: Table<Slot4>,
     table6: Table<Slot6>,
-    touched: Mapping,
+    tables: Shared,
     shown4: HashMap<MapData, Flow4Key, FlowState>,
     shown6: HashMap<MapData, Flow6Key, FlowState>,
     cpus: usize,
@@ -260,6 +277,7 @@ impl Kernel {
             .override_global(constants::TABLE_LAYOUT, &layout, true)
             .map_max_entries(maps::TABLE4, sets)
             .map_max_entries(maps::TABLE6, sets)
+            .map_max_entries(maps::LIVES, 2 * sets)
             .map_max_entries(maps::TOUCHED, 2 * layout.regions)
             .map_max_entries(maps::STATS, cpus as u32)
             .map_max_entries(maps::LAN4, sizes.lan_prefixes)
@@ -273,12 +291,14 @@ impl Kernel {
 
         for name in TC_PROGRAMS {
             let program = tc_program(&mut ebpf, name)?;
-            program.load().map_err(|source| KernelError::LoadProgram { name, source: Box::new(source) })?;
+            patiently(|| program.load())
+                .map_err(|source| KernelError::LoadProgram { name, source: Box::new(source) })?;
             program.pin(directory.join(name)).map_err(pin_error(name, directory))?;
         }
         let program = xdp_program(&mut ebpf)?;
         let name = programs::XDP_INGRESS;
-        program.load().map_err(|source| KernelError::LoadProgram { name, source: Box::new(source) })?;
+        patiently(|| program.load())
+            .map_err(|source| KernelError::LoadProgram { name, source: Box::new(source) })?;
         program.pin(directory.join(name)).map_err(pin_error(name, directory))?;
 
         let mut take = |name: &'static str| {
@@ -300,7 +320,10 @@ impl Kernel {
         let table4 = Table::new(array(&table4)?, regions, 0).map_err(memory_error(maps::TABLE4))?;
         let table6 = take(maps::TABLE6)?;
         let table6 = Table::new(array(&table6)?, regions, regions).map_err(memory_error(maps::TABLE6))?;
-        let touched = Mapping::new(array(&take(maps::TOUCHED)?)?).map_err(memory_error(maps::TOUCHED))?;
+        let tables = Shared {
+            touched: Mapping::new(array(&take(maps::TOUCHED)?)?).map_err(memory_error(maps::TOUCHED))?,
+            lives: Mapping::new(array(&take(maps::LIVES)?)?).map_err(memory_error(maps::LIVES))?,
+        };
         let stats = Mapping::new(array(&take(maps::STATS)?)?).map_err(memory_error(maps::STATS))?;
         let ring = RingBuf::try_from(take(maps::EVENTS)?).map_err(map_error("open", maps::EVENTS))?;
         Ok(Self {
@@ -313,7 +336,7 @@ impl Kernel {
             tries,
             table4,
             table6,
-            touched,
+            tables,
             shown4,
             shown6,
             cpus,
@@ -462,12 +485,12 @@ impl Kernel {
     }
 
     fn sweep_scope(&mut self, scope: Scope, now_ns: u64, out: &mut Vec<FlowDelta>) {
-        self.table4.read(&self.touched, scope, now_ns, out);
-        self.table6.read(&self.touched, scope, now_ns, out);
+        self.table4.read(&self.tables, scope, now_ns, out);
+        self.table6.read(&self.tables, scope, now_ns, out);
         // What has changed hands is in the ring by now, within the next so many records.
         self.take_records(now_ns, out);
-        self.table4.read_changed(now_ns, out);
-        self.table6.read_changed(now_ns, out);
+        self.table4.read_changed(&self.tables, now_ns, out);
+        self.table6.read_changed(&self.tables, now_ns, out);
     }
 
     /// Empties the ring buffer: appends what flows that lost their slots had moved, and returns how many flows were

@@ -22,7 +22,8 @@ use std::{
 
 use aya::maps::MapData;
 use netmon_common::abi::{
-    Counts, Evicted, Life, Ports, REGION_SETS, SLOT_WORDS, Slot4, Slot6, TICK_NS, TICK_SHIFT, WAYS,
+    Counts, Evicted, LIFE_WORDS, Life, Ports, REGION_SETS, SLOT_WORDS, Slot4, Slot6, TICK_NS, TICK_SHIFT,
+    WAYS,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -81,24 +82,26 @@ impl Drop for Mapping {
 
 /// How a family's slots are read.
 pub(super) trait Layout: Copy {
-    /// Offsets in a slot, bytes.
-    const COUNTS: usize;
-    const LIFE: usize;
+    /// Words of eight bytes in a slot.
+    const WORDS: usize;
+    /// Where in it the packets' word is, bytes.
+    const PACKETS: usize;
 
     fn of(words: [u64; SLOT_WORDS]) -> Self;
     fn flow(&self) -> FlowId;
-    fn parts(&self) -> (&Ports, &Counts, &Life);
+    fn parts(&self) -> (&Ports, &Counts);
 }
 
 macro_rules! layout {
     ($slot:ty, $address:ty) => {
         impl Layout for $slot {
-            const COUNTS: usize = std::mem::offset_of!($slot, counts);
-            const LIFE: usize = std::mem::offset_of!($slot, life);
+            const WORDS: usize = size_of::<$slot>() / 8;
+            const PACKETS: usize =
+                std::mem::offset_of!($slot, counts) + std::mem::offset_of!(Counts, tx_packets);
 
             fn of(words: [u64; SLOT_WORDS]) -> Self {
-                // SAFETY: as many bytes (the border proves it), and every pattern is a value of a slot.
-                unsafe { std::mem::transmute(words) }
+                // SAFETY: not more bytes than there are (the border proves it), and every pattern is a value of a slot.
+                unsafe { words.as_ptr().cast::<Self>().read_unaligned() }
             }
 
             fn flow(&self) -> FlowId {
@@ -109,14 +112,19 @@ macro_rules! layout {
                 }
             }
 
-            fn parts(&self) -> (&Ports, &Counts, &Life) {
-                (&self.ports, &self.counts, &self.life)
+            fn parts(&self) -> (&Ports, &Counts) {
+                (&self.ports, &self.counts)
             }
         }
     };
 }
 layout!(Slot4, std::net::Ipv4Addr);
 layout!(Slot6, std::net::Ipv6Addr);
+
+fn life_of(words: [u64; LIFE_WORDS]) -> Life {
+    // SAFETY: as many bytes (the border proves it), and every pattern is a value.
+    unsafe { std::mem::transmute(words) }
+}
 
 /// What was read of a slot. Incarnation 0: nothing yet.
 #[derive(Clone, Copy, Default)]
@@ -140,6 +148,14 @@ pub(super) enum Scope {
     Since(u64),
 }
 
+/// What both families' tables are read by.
+pub(super) struct Shared {
+    /// When each region was last written to.
+    pub touched: Mapping,
+    /// The lives of all slots.
+    pub lives: Mapping,
+}
+
 /// One family's table.
 pub(super) struct Table<L> {
     slots: Mapping,
@@ -151,11 +167,11 @@ pub(super) struct Table<L> {
     layout: std::marker::PhantomData<L>,
 }
 
-const SLOT_BYTES: usize = SLOT_WORDS * 8;
 const REGION_SLOTS: usize = REGION_SETS * WAYS;
 
 impl<L: Layout> Table<L> {
-    /// Of a map with this many regions; `first_region` is the number of the first one in the map of touched regions.
+    /// Of a map with this many regions; `first_region` is the number of the first one among both
+    /// families'.
     pub fn new(map: &MapData, regions: usize, first_region: usize) -> io::Result<Self> {
         Ok(Self {
             slots: Mapping::new(map)?,
@@ -169,16 +185,16 @@ impl<L: Layout> Table<L> {
     }
 
     /// Reads what has moved. Slots that changed hands wait for [`Self::read_changed`].
-    pub fn read(&mut self, touched: &Mapping, scope: Scope, now_ns: u64, out: &mut Vec<FlowDelta>) {
+    pub fn read(&mut self, shared: &Shared, scope: Scope, now_ns: u64, out: &mut Vec<FlowDelta>) {
         for region in 0..self.regions {
-            let at = touched.word(self.first_region + region).load(Ordering::Relaxed);
+            let at = shared.touched.word(self.first_region + region).load(Ordering::Relaxed);
             let look = match scope {
                 Scope::Everything => at != 0,
                 Scope::Since(since) => at >= since,
             };
             if look {
                 for slot in region * REGION_SLOTS..(region + 1) * REGION_SLOTS {
-                    self.read_slot(slot, now_ns, out);
+                    self.read_slot(shared, slot, now_ns, out);
                 }
             }
         }
@@ -186,12 +202,12 @@ impl<L: Layout> Table<L> {
 
     /// Reads the slots that had changed hands. To be called when the ring was emptied after that was noticed: it had what
     /// was missing of the flows before.
-    pub fn read_changed(&mut self, now_ns: u64, out: &mut Vec<FlowDelta>) {
+    pub fn read_changed(&mut self, shared: &Shared, now_ns: u64, out: &mut Vec<FlowDelta>) {
         for slot in std::mem::take(&mut self.changed) {
             if let Some(seen) = self.seen.get_mut(slot) {
                 *seen = Seen::default();
             }
-            self.read_slot(slot, now_ns, out);
+            self.read_slot(shared, slot, now_ns, out);
         }
     }
 
@@ -200,24 +216,26 @@ impl<L: Layout> Table<L> {
         let Some(seen) = self.seen.get_mut(evicted.slot as usize) else {
             return false;
         };
-        let slot = L::of(evicted.words);
-        let before = if seen.incarnation == slot.parts().2.incarnation {
+        let (slot, life) = (L::of(evicted.words), life_of(evicted.life));
+        let before = if seen.incarnation == life.incarnation {
             std::mem::take(seen)
         } else {
             // Never read; what was read is of a flow before or behind it.
             Seen::default()
         };
-        out.extend(delta(&slot, &before, now_ns));
+        out.extend(delta(&slot, &life, &before, now_ns));
         true
     }
 
-    fn read_slot(&mut self, slot: usize, now_ns: u64, out: &mut Vec<FlowDelta>) {
+    fn read_slot(&mut self, shared: &Shared, slot: usize, now_ns: u64, out: &mut Vec<FlowDelta>) {
         let Some(seen) = self.seen.get_mut(slot) else {
             return;
         };
-        let at = slot * SLOT_BYTES;
-        let incarnation = self.slots.half((at + L::LIFE + std::mem::offset_of!(Life, incarnation)) / 4);
-        let packets = self.slots.word((at + L::COUNTS + std::mem::offset_of!(Counts, tx_packets)) / 8);
+        let life_at = (self.first_region * REGION_SLOTS + slot) * LIFE_WORDS;
+        let life_half = |offset: usize| shared.lives.half(life_at * 2 + offset / 4);
+        let incarnation = life_half(std::mem::offset_of!(Life, incarnation));
+        let slot_at = slot * L::WORDS;
+        let packets = self.slots.word(slot_at + L::PACKETS / 8);
 
         let before = incarnation.load(Ordering::Acquire);
         if before == 0 {
@@ -231,9 +249,12 @@ impl<L: Layout> Table<L> {
         if seen.incarnation == before && counted == packets_word(seen.tx_packets, seen.rx_packets) {
             return;
         }
-        let mut words = [0; SLOT_WORDS];
-        for (index, word) in words.iter_mut().enumerate() {
-            *word = self.slots.word(at / 8 + index).load(Ordering::Relaxed);
+        let (mut words, mut life) = ([0; SLOT_WORDS], [0; LIFE_WORDS]);
+        for (index, word) in words[..L::WORDS].iter_mut().enumerate() {
+            *word = self.slots.word(slot_at + index).load(Ordering::Relaxed);
+        }
+        for (index, word) in life.iter_mut().enumerate() {
+            *word = shared.lives.word(life_at + index).load(Ordering::Relaxed);
         }
         fence(Ordering::Acquire);
         if incarnation.load(Ordering::Relaxed) != before {
@@ -243,16 +264,14 @@ impl<L: Layout> Table<L> {
             }
             return;
         }
-        words[(L::COUNTS + std::mem::offset_of!(Counts, tx_packets)) / 8] = counted;
-        let state = L::of(words);
-        out.extend(delta(&state, seen, now_ns));
-        *seen = seen_of(&state);
+        words[L::PACKETS / 8] = counted;
+        let (state, life) = (L::of(words), life_of(life));
+        out.extend(delta(&state, &life, seen, now_ns));
+        *seen = seen_of(&state, &life);
 
-        let read_packets = self.slots.word((at + L::LIFE + std::mem::offset_of!(Life, read_tx_packets)) / 8);
-        let read_incarnation =
-            self.slots.half((at + L::LIFE + std::mem::offset_of!(Life, read_incarnation)) / 4);
+        let read_packets = shared.lives.word(life_at + std::mem::offset_of!(Life, read_tx_packets) / 8);
         read_packets.store(counted, Ordering::Release);
-        read_incarnation.store(before, Ordering::Release);
+        life_half(std::mem::offset_of!(Life, read_incarnation)).store(before, Ordering::Release);
     }
 }
 
@@ -262,8 +281,8 @@ fn packets_word(tx: u32, rx: u32) -> u64 {
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
 
-fn seen_of<L: Layout>(slot: &L) -> Seen {
-    let (_, counts, life) = slot.parts();
+fn seen_of<L: Layout>(slot: &L, life: &Life) -> Seen {
+    let (_, counts) = slot.parts();
     Seen {
         incarnation: life.incarnation,
         last_tick: counts.last_tick,
@@ -277,8 +296,8 @@ fn seen_of<L: Layout>(slot: &L) -> Seen {
 }
 
 /// What a slot has counted beyond what was seen of it; `None` when that is nothing.
-fn delta<L: Layout>(slot: &L, seen: &Seen, now_ns: u64) -> Option<FlowDelta> {
-    let (ports, counts, life) = slot.parts();
+fn delta<L: Layout>(slot: &L, life: &Life, seen: &Seen, now_ns: u64) -> Option<FlowDelta> {
+    let (ports, counts) = slot.parts();
     let moved = Moved {
         tx_packets: counts.tx_packets.wrapping_sub(seen.tx_packets).into(),
         rx_packets: counts.rx_packets.wrapping_sub(seen.rx_packets).into(),
@@ -320,7 +339,7 @@ mod tests {
 
     const NOW: u64 = 90 * 24 * 3600 * 1_000_000_000;
 
-    fn slot(incarnation: u32, packets: u32, last_ns: u64) -> Slot4 {
+    fn slot(packets: u32, last_ns: u64) -> Slot4 {
         Slot4 {
             local_addr: [10, 0, 0, 1],
             remote_addr: [10, 0, 0, 2],
@@ -331,10 +350,20 @@ mod tests {
                 last_tick: (last_ns >> TICK_SHIFT) as u32,
                 ..Counts::default()
             },
-            life: Life { incarnation, first_ns: 5, burst_ns: 5, ..Life::default() },
-            ..Slot4::default()
         }
     }
+
+    const LIFE: Life = Life {
+        incarnation: 1,
+        ifindex: 1,
+        first_ns: 5,
+        burst_ns: 5,
+        opened: 0,
+        pad: [0; 3],
+        read_incarnation: 0,
+        read_tx_packets: 0,
+        read_rx_packets: 0,
+    };
 
     #[test]
     fn a_tick_is_a_time_near_now_also_when_the_counter_has_wrapped() {
@@ -348,21 +377,20 @@ mod tests {
 
     #[test]
     fn a_delta_is_what_came_since_and_begins_where_the_last_one_ended() {
-        let first = delta(&slot(1, 3, NOW - 9_000_000_000), &Seen::default(), NOW).unwrap();
+        let first = delta(&slot(3, NOW - 9_000_000_000), &LIFE, &Seen::default(), NOW).unwrap();
         assert_eq!((first.moved.tx_packets, first.moved.tx_bytes, first.first_ns), (3, 300, 5));
-        let seen = seen_of(&slot(1, 3, NOW - 9_000_000_000));
-        let second = delta(&slot(1, 5, NOW), &seen, NOW).unwrap();
+        let seen = seen_of(&slot(3, NOW - 9_000_000_000), &LIFE);
+        let second = delta(&slot(5, NOW), &LIFE, &seen, NOW).unwrap();
         assert_eq!((second.moved.tx_packets, second.moved.tx_bytes), (2, 200));
         assert_eq!(second.first_ns, first.last_ns);
-        assert_eq!(delta(&slot(1, 3, NOW), &seen, NOW), None);
+        assert_eq!(delta(&slot(3, NOW), &LIFE, &seen, NOW), None);
     }
 
     #[test]
     fn after_a_silence_a_delta_begins_with_the_burst() {
-        let seen = seen_of(&slot(1, 3, NOW - 9_000_000_000));
-        let mut later = slot(1, 4, NOW);
-        later.life.burst_ns = NOW - 1_000_000_000;
-        assert_eq!(delta(&later, &seen, NOW).unwrap().first_ns, NOW - 1_000_000_000);
+        let seen = seen_of(&slot(3, NOW - 9_000_000_000), &LIFE);
+        let later = Life { burst_ns: NOW - 1_000_000_000, ..LIFE };
+        assert_eq!(delta(&slot(4, NOW), &later, &seen, NOW).unwrap().first_ns, NOW - 1_000_000_000);
     }
 
     #[test]
@@ -373,9 +401,9 @@ mod tests {
             tx_bytes: u64::from(u32::MAX) * 100,
             ..Seen::default()
         };
-        let mut wrapped = slot(1, 4, NOW);
+        let mut wrapped = slot(4, NOW);
         wrapped.counts.tx_bytes = (u64::from(u32::MAX) + 5) * 100;
-        let delta = delta(&wrapped, &seen, NOW).unwrap();
+        let delta = delta(&wrapped, &LIFE, &seen, NOW).unwrap();
         assert_eq!((delta.moved.tx_packets, delta.moved.tx_bytes), (5, 500));
     }
 }

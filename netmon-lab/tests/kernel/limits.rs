@@ -8,7 +8,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use netmon_agent::kernel::{Kernel, KernelError, Sizes};
-use netmon_common::abi::{SILENCE_NS, Set4, TICK_NS, TICK_SHIFT, maps, programs};
+use netmon_common::abi::{Lives, SILENCE_NS, Set4, TICK_NS, TICK_SHIFT, maps, programs};
 
 use crate::{
     frames::*,
@@ -93,21 +93,25 @@ fn records_beyond_half_of_the_ring_are_counted_and_their_flows_are_in_the_table(
 
 /// Makes flows look as if their last packets had come earlier: waiting would take seconds.
 fn age(bench: &Bench, by_ns: u64) {
-    let pin = bench.pin(maps::TABLE4);
+    let pins = [maps::TABLE4, maps::LIVES].map(|map| bench.pin(map));
     bench.host.run(move || {
-        let map = Map::Array(MapData::from_pin(pin).unwrap());
-        let mut map: Array<_, Set4> = Array::try_from(map).unwrap();
-        for index in 0..map.len() {
-            let mut set = map.get(&index, 0).unwrap();
+        let [sets, lives] = pins.map(|pin| Map::Array(MapData::from_pin(pin).unwrap()));
+        let mut all_sets: Array<_, Set4> = Array::try_from(sets).unwrap();
+        let mut all_lives: Array<_, Lives> = Array::try_from(lives).unwrap();
+        for index in 0..all_sets.len() {
+            let (mut set, mut lives) = (all_sets.get(&index, 0).unwrap(), all_lives.get(&index, 0).unwrap());
             let mut used = false;
-            for slot in set.slots.iter_mut().filter(|slot| slot.life.incarnation != 0) {
-                used = true;
-                slot.life.first_ns -= by_ns;
-                slot.life.burst_ns -= by_ns;
-                slot.counts.last_tick -= (by_ns >> TICK_SHIFT) as u32;
+            for (slot, life) in set.slots.iter_mut().zip(&mut lives.lives) {
+                if life.incarnation != 0 {
+                    used = true;
+                    life.first_ns -= by_ns;
+                    life.burst_ns -= by_ns;
+                    slot.counts.last_tick -= (by_ns >> TICK_SHIFT) as u32;
+                }
             }
             if used {
-                map.set(index, set, 0).unwrap();
+                all_sets.set(index, set, 0).unwrap();
+                all_lives.set(index, lives, 0).unwrap();
             }
         }
     });
@@ -260,6 +264,7 @@ fn pins_have_the_names_of_the_abi_and_the_directory_is_for_root_alone() {
     let mut expected = [
         maps::TABLE4,
         maps::TABLE6,
+        maps::LIVES,
         maps::TOUCHED,
         maps::FRAGMENTS,
         maps::FLOWS4,
