@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use netmon_common::model::Service;
 use serde::Deserialize;
 
+use crate::kernel::WordLevel;
 use crate::links::Choice;
 
 /// Where the settings are looked for when no file is named.
@@ -105,17 +106,19 @@ impl TryFrom<String> for ServicePort {
     }
 }
 
-/// `[log]`
+/// `[log]`: the PC's own logs, and what is said for those who look for a fault.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
     /// `log.txt` and `usb.log` begin anew at this size; the file before is kept as `.1`.
     pub max_mib: u64,
+    /// What the kernel programs say of themselves, on standard error.
+    pub kernel: WordLevel,
 }
 
 impl Default for Log {
     fn default() -> Self {
-        Self { max_mib: 64 }
+        Self { max_mib: 64, kernel: WordLevel::Off }
     }
 }
 

@@ -11,8 +11,9 @@ use netmon_agent::clock::Now;
 use netmon_agent::config::{Config, ConfigError, Mode};
 use netmon_agent::filter::FilterError;
 use netmon_agent::identity::EnrollError;
+use netmon_agent::kernel::WordLevel;
 use netmon_agent::run::{self, Paths, UsageError};
-use netmon_agent::{doctor, identity, status};
+use netmon_agent::{doctor, identity, status, words};
 use netmon_common::enroll::{Token, TokenError};
 use tracing_subscriber::EnvFilter;
 
@@ -96,6 +97,9 @@ enum Command {
         /// List of muted prefixes; read again when it changes [default: the ip.txt that came with this netmon]
         #[arg(long, env = "NETMON_FILTER_LIST", value_name = "FILE")]
         filter_list: Option<PathBuf>,
+        /// What the kernel programs say of themselves on standard error, to find a fault (docs/bpftool.md) [default: off]
+        #[arg(long, env = "NETMON_KERNEL_LOG", value_name = "LEVEL")]
+        kernel_log: Option<WordLevel>,
     },
     /// Make this PC one of a server's agents
     ///
@@ -123,11 +127,6 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_env("NETMON_LOG").unwrap_or_else(|_| EnvFilter::new(SAID)))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
     match command(Cli::parse()) {
         Ok(status) => status,
         Err(error) => {
@@ -135,6 +134,20 @@ fn main() -> ExitCode {
             if is_usage(&error) { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
+}
+
+/// What is said on standard error. Lines of the kernel programs that were asked for are among it, whatever else is.
+fn speak(kernel: WordLevel) {
+    let said = EnvFilter::try_from_env("NETMON_LOG").unwrap_or_else(|_| EnvFilter::new(SAID));
+    let said = match format!("{}=trace", words::TARGET).parse() {
+        Ok(all_of_them) if kernel != WordLevel::Off => said.add_directive(all_of_them),
+        _ => said,
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(said)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
 }
 
 /// True when what was given is wrong, as opposed to what went wrong with it.
@@ -159,8 +172,11 @@ struct TokenUnreadable {
 
 fn command(cli: Cli) -> Result<ExitCode> {
     let Places { config, state_dir, log_dir, runtime_dir } = cli.places;
+    if !matches!(cli.command, Command::Run { .. }) {
+        speak(WordLevel::Off);
+    }
     match cli.command {
-        Command::Run { interfaces, mode, filter_list } => {
+        Command::Run { interfaces, mode, filter_list, kernel_log } => {
             let mut config = Config::load(config.as_deref())?;
             if !interfaces.is_empty() {
                 config.capture.interfaces = interfaces;
@@ -171,6 +187,10 @@ fn command(cli: Cli) -> Result<ExitCode> {
             if filter_list.is_some() {
                 config.filter.list = filter_list;
             }
+            if let Some(level) = kernel_log {
+                config.log.kernel = level;
+            }
+            speak(config.log.kernel);
             let paths = Paths { state: state_dir, log: log_dir, runtime: runtime_dir };
             runtime()?.block_on(run::run(config, paths))?;
             Ok(ExitCode::SUCCESS)

@@ -24,6 +24,7 @@ use crate::spool::{Limits, Spool, SpoolHandle};
 use crate::uplink::{self, Introduction, UplinkStatus};
 use crate::usb::{self, UsbOutput, UsbWatch};
 use crate::watch::{Start, Watch};
+use crate::words::{Listener, Teller};
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -93,7 +94,11 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         Mode::Tc => kernel::Mode::Tc,
         Mode::Xdp => kernel::Mode::Xdp,
     };
-    let kernel = Kernel::load(LoadOptions { mode, ..LoadOptions::default() })?;
+    let words = config.log.kernel;
+    let mut kernel = Kernel::load(LoadOptions { mode, words, ..LoadOptions::default() })?;
+    let teller = Teller::default();
+    let listener = kernel.words(teller.clone())?.map(|words| Listener::start(words, teller)).transpose();
+    let listener = listener.context("cannot listen to the kernel programs")?;
     // SAFETY: the `AsyncFd` owns the descriptor, so it stays open for as long as it is registered, and an `OwnedFd`
     // gives the same descriptor every time.
     let ring = unsafe { AsyncFd::register_with_interest(kernel.ring_fd()?, Interest::READABLE)? };
@@ -150,6 +155,9 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         watch.usb(&now, output);
     }
     watch.stop(&now);
+    if let Some(listener) = listener {
+        listener.stop();
+    }
     // From here on a second signal ends the process at once: everything is recorded and nothing is attached.
     let finish = async {
         if let Err(error) = spool.sync_in_background().await {

@@ -19,6 +19,7 @@ use netmon_common::abi::{
 use crate::{
     classify::Class,
     cpu::Cpu,
+    diagnostics,
     frame::Frame,
     key::{Key, Slot},
     maps::{EVENTS, TOUCHED, table_layout},
@@ -66,7 +67,8 @@ pub fn count<F: Frame, K: Key>(
 ) -> bool {
     let layout = table_layout();
     // SAFETY: constants of the programs.
-    let (sets, regions, hash) = unsafe { ((*layout).sets, (*layout).regions, key.hash(&(*layout).hash_keys)) };
+    let (sets, regions, hash) =
+        unsafe { ((*layout).sets, (*layout).regions, key.hash(&(*layout).hash_keys)) };
     let in_part = ((u64::from(hash) * u64::from(sets)) >> 32) as u32;
     let index = cpu.number * sets + in_part;
     let Some(set) = K::set(index) else {
@@ -233,8 +235,12 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
     // SAFETY: the map gave the pointer, and this CPU is the only writer of these fields.
     let (incarnation, handed_over) = unsafe {
         let unread = !free && !was_read::<K>(slot);
-        if unread && !hand_over::<K>(cpu, slot, number, now_ns) {
-            return false;
+        if unread {
+            if !hand_over::<K>(cpu, slot, number, now_ns) {
+                diagnostics::refused(frame.ifindex(), K::FAMILY, index);
+                return false;
+            }
+            diagnostics::handed_over(number, K::FAMILY);
         }
         ((*K::Slot::life(slot)).incarnation, unread)
     };

@@ -149,8 +149,8 @@ impl Key for Key4 {
 
     #[inline(always)]
     fn hash(&self, keys: &[u64; HASH_KEYS]) -> u32 {
-        let sum = product(self.addresses, keys[0], keys[1])
-            .wrapping_add(product(self.ports.0, keys[2], keys[3]));
+        let sum =
+            product(self.addresses, keys[0], keys[1]).wrapping_add(product(self.ports.0, keys[2], keys[3]));
         (sum >> 32) as u32
     }
 

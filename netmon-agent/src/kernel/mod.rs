@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -25,9 +25,9 @@ use aya::{
 use ipnet::IpNet;
 use netmon_common::{
     abi::{
-        CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, HASH_KEYS, MAX_FLOWS,
-        MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, Slot4, Slot6, Stats, TableLayout,
-        WAYS, constants, maps, programs,
+        CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, HASH_KEYS, MAX_FLOWS, MAX_LAN_PREFIXES,
+        MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, Slot4, Slot6, Stats, TableLayout, WAYS, constants, maps,
+        programs,
     },
     model::Hook,
 };
@@ -45,12 +45,14 @@ mod prefixes;
 mod preflight;
 mod sys;
 mod table;
+mod words;
 
 pub use self::{
     error::KernelError,
     flows::{FlowDelta, FlowId, Moved},
     prefixes::PrefixChange,
     preflight::check as preflight,
+    words::{WordLevel, Words},
 };
 
 /// The kernel programs, as `cargo xtask build-ebpf` built them.
@@ -91,6 +93,8 @@ pub struct LoadOptions {
     pub tc: TcKind,
     /// Sizes of the maps.
     pub sizes: Sizes,
+    /// What the programs say of themselves: [`Kernel::words`].
+    pub words: WordLevel,
 }
 
 impl Default for LoadOptions {
@@ -100,6 +104,7 @@ impl Default for LoadOptions {
             mode: Mode::default(),
             tc: TcKind::default(),
             sizes: Sizes::default(),
+            words: WordLevel::default(),
         }
     }
 }
@@ -204,7 +209,7 @@ pub struct Kernel {
     shown4: HashMap<MapData, Flow4Key, FlowState>,
     shown6: HashMap<MapData, Flow6Key, FlowState>,
     cpus: usize,
-    stats: Mapping,
+    stats: Arc<Mapping>,
     /// Of the prefixes in the tries.
     generation: u32,
     events: RingBuf<MapData>,
@@ -256,8 +261,13 @@ impl Kernel {
         let cpus = aya::util::nr_cpus().map_err(|(file, source)| KernelError::Cpus { file, source })?;
         let layout = table_layout(sizes.flows, cpus)?;
         let sets = layout.regions * REGION_SETS as u32;
+        let words = options.words.number();
+        // The programs keep the ring of their words even when the kernel has taken all its users out of them.
+        let words_bytes = if words == 0 { rustix::param::page_size() as u32 } else { words::RING_BYTES };
         let mut ebpf = EbpfLoader::new()
             .override_global(constants::TABLE_LAYOUT, &layout, true)
+            .override_global(words::LEVEL, &words, true)
+            .map_max_entries(words::RING, words_bytes)
             .map_max_entries(maps::TABLE4, sets)
             .map_max_entries(maps::TABLE6, sets)
             .map_max_entries(maps::TOUCHED, 2 * layout.regions)
@@ -317,7 +327,7 @@ impl Kernel {
             shown4,
             shown6,
             cpus,
-            stats,
+            stats: Arc::new(stats),
             generation: 0,
             events: ring,
             refused_records: 0,
@@ -546,6 +556,18 @@ impl Kernel {
     /// Too many open files.
     pub fn ring_fd(&self) -> io::Result<OwnedFd> {
         self.events.as_fd().try_clone_to_owned()
+    }
+
+    /// What the programs say of themselves goes to `logger` when it is read. `None` when they say nothing, by
+    /// [`LoadOptions::words`], or when somebody has it already.
+    ///
+    /// # Errors
+    /// [`KernelError::Words`].
+    pub fn words<L: log::Log>(&mut self, logger: L) -> Result<Option<Words<L>>, KernelError> {
+        if self.options.words == WordLevel::Off || self.ebpf.map(words::RING).is_none() {
+            return Ok(None);
+        }
+        Words::new(&mut self.ebpf, self.stats.clone(), self.cpus, logger).map(Some)
     }
 
     /// Records of the ring buffer that had a wrong length. Above 0 only if agent and programs do not fit together.

@@ -8,3 +8,4 @@ mod frames;
 mod limits;
 mod network;
 mod rig;
+mod words;
