@@ -11,7 +11,7 @@ use netmon_agent::clock::Now;
 use netmon_agent::config::{Config, ConfigError, Mode};
 use netmon_agent::filter::FilterError;
 use netmon_agent::identity::EnrollError;
-use netmon_agent::kernel::WordLevel;
+use netmon_agent::kernel::{Sizes, WordLevel};
 use netmon_agent::run::{self, Paths, UsageError};
 use netmon_agent::{doctor, identity, status, words};
 use netmon_common::enroll::{Token, TokenError};
@@ -94,6 +94,9 @@ enum Command {
         /// How arriving packets are seen
         #[arg(long, env = "NETMON_MODE")]
         mode: Option<Mode>,
+        /// Size of the flow tables [default: 65536]
+        #[arg(long, env = "NETMON_FLOWS", value_name = "SLOTS", value_parser = flows())]
+        flows: Option<u64>,
         /// List of muted prefixes; read again when it changes [default: the ip.txt that came with this netmon]
         #[arg(long, env = "NETMON_FILTER_LIST", value_name = "FILE")]
         filter_list: Option<PathBuf>,
@@ -124,6 +127,10 @@ enum Command {
     },
     /// Check whether this PC can be watched, and say what to do where it cannot
     Doctor,
+}
+
+fn flows() -> clap::builder::RangedU64ValueParser {
+    clap::value_parser!(u64).range(Sizes::FLOWS)
 }
 
 fn main() -> ExitCode {
@@ -176,13 +183,16 @@ fn command(cli: Cli) -> Result<ExitCode> {
         speak(WordLevel::Off);
     }
     match cli.command {
-        Command::Run { interfaces, mode, filter_list, kernel_log } => {
+        Command::Run { interfaces, mode, flows, filter_list, kernel_log } => {
             let mut config = Config::load(config.as_deref())?;
             if !interfaces.is_empty() {
                 config.capture.interfaces = interfaces;
             }
             if let Some(mode) = mode {
                 config.capture.mode = mode;
+            }
+            if let Some(flows) = flows {
+                config.capture.flows = flows;
             }
             if filter_list.is_some() {
                 config.filter.list = filter_list;
@@ -258,6 +268,17 @@ fn read_token(file: &Path) -> Result<String, TokenUnreadable> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_size_of_the_flow_tables_that_is_out_of_range_is_refused_with_the_limits() {
+        let parse = |flows| Cli::try_parse_from(["netmon-agent", "run", "--flows", flows]);
+        assert!(parse("4194304").is_ok());
+        for flows in ["1023", "4194305", "many"] {
+            let message = parse(flows).err().unwrap().to_string();
+            assert!(message.contains("--flows") && message.contains(flows), "{message}");
+        }
+        assert!(parse("0").err().unwrap().to_string().contains("1024..=4194304"));
+    }
 
     #[test]
     fn a_wrong_token_is_the_givers_and_a_missing_server_is_not() {

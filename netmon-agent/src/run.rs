@@ -17,7 +17,7 @@ use crate::clock::Now;
 use crate::config::{Config, Mode};
 use crate::filter::FilterFile;
 use crate::journal::Journal;
-use crate::kernel::{self, Kernel, LoadOptions};
+use crate::kernel::{self, Kernel, LoadOptions, Sizes};
 use crate::links::{self, Choice, Link};
 use crate::recorder::Recorder;
 use crate::spool::{Limits, Spool, SpoolHandle};
@@ -94,8 +94,11 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         Mode::Tc => kernel::Mode::Tc,
         Mode::Xdp => kernel::Mode::Xdp,
     };
+    // In their range since they were read.
+    let flows = u32::try_from(config.capture.flows).unwrap_or(u32::MAX);
+    let sizes = Sizes { flows, ..Sizes::default() };
     let words = config.log.kernel;
-    let mut kernel = Kernel::load(LoadOptions { mode, words, ..LoadOptions::default() })?;
+    let mut kernel = Kernel::load(LoadOptions { mode, sizes, words, ..LoadOptions::default() })?;
     let teller = Teller::default();
     let listener = kernel.words(teller.clone())?.map(|words| Listener::start(words, teller)).transpose();
     let listener = listener.context("cannot listen to the kernel programs")?;

@@ -11,6 +11,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    ops::RangeInclusive,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -121,6 +122,12 @@ pub struct Sizes {
     pub muted_prefixes: u32,
     /// Ring buffer, in bytes; rounded up to a power of two of pages.
     pub ring_bytes: u32,
+}
+
+impl Sizes {
+    /// What a PC's settings may say of [`Self::flows`]. Less than the least is rounded up on most PCs, whose CPUs have 64
+    /// each; the most is 512 MiB for each table.
+    pub const FLOWS: RangeInclusive<u64> = 1_024..=4_194_304;
 }
 
 impl Default for Sizes {
