@@ -15,7 +15,7 @@ use aya::{
 };
 use netmon_agent::kernel::{Kernel, KernelError, Mode, OBJECT, TcKind};
 use netmon_common::{
-    abi::{CpuStats, IPPROTO_TCP, IPPROTO_UDP, OPENED_HERE, OPENED_THERE, Stats, maps, programs},
+    abi::{CpuStats, IPPROTO_TCP, IPPROTO_UDP, OPENED_HERE, OPENED_THERE, Set4, Stats, maps, programs},
     model::Hook,
 };
 
@@ -464,6 +464,22 @@ fn bpftool_prints_the_flow_table_with_field_names() {
             "$ bpftool map dump name {map}\n{}",
             show(format!("map dump pinned {}", pins.join(map).display()))
         );
+    }
+    let set = pair.a.run({
+        let pin = pins.join(maps::TABLE4);
+        move || {
+            let map = Map::Array(MapData::from_pin(pin).unwrap());
+            let table: Array<_, Set4> = Array::try_from(map).unwrap();
+            let is_used = |set: Set4| set.slots.iter().any(|slot| slot.life.incarnation != 0);
+            (0..table.len()).find(|index| is_used(table.get(index, 0).unwrap())).unwrap()
+        }
+    });
+    let [a, b, c, d] = set.to_ne_bytes();
+    let lookup = format!("map lookup pinned {} key {a} {b} {c} {d}", pins.join(maps::TABLE4).display());
+    let lookup = show(lookup);
+    println!("$ bpftool map lookup name nm_table4 key {a} {b} {c} {d}\n{lookup}");
+    for field in ["\"remote_addr\"", "\"tx_payload\": ", "\"last_tick\": ", "\"incarnation\": 1"] {
+        assert!(lookup.contains(field), "{field} in {lookup}");
     }
     drop(kernel);
 
