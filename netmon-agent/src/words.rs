@@ -4,12 +4,14 @@
 //! ones are shown; how many were not is said.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::{os::fd::OwnedFd, time::Duration};
+use std::time::Duration;
 
 use log::{Log, Metadata, Record};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
 
 use crate::clock::Now;
 use crate::kernel::Words;
@@ -122,8 +124,15 @@ impl Listener {
             let pause = PAUSE.try_into().ok();
             loop {
                 let mut waiting = [PollFd::new(&words, PollFlags::IN), PollFd::new(&*stopped, PollFlags::IN)];
-                // What a signal interrupts is asked again.
-                let _ = poll(&mut waiting, pause.as_ref());
+                match poll(&mut waiting, pause.as_ref()) {
+                    Ok(_) => {}
+                    // Whether it is to stop is known the next time.
+                    Err(Errno::INTR) => continue,
+                    Err(error) => {
+                        tracing::error!(target: TARGET, %error, "cannot wait for the kernel programs' lines");
+                        return;
+                    }
+                }
                 let stop = !waiting[1].revents().is_empty();
                 let lost = words.read();
                 if lost > 0 {
