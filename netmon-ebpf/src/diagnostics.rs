@@ -9,7 +9,7 @@ use aya_log_ebpf::{
     macro_support::{Level, level_enabled},
 };
 
-use crate::cpu::Cpu;
+use crate::{cpu::Cpu, frame::Frame};
 
 /// Says a line, if its level is asked for. Lines are counted here, so that the agent knows how many found no room in
 /// their ring.
@@ -24,10 +24,10 @@ macro_rules! say {
     };
 }
 
-/// A frame cannot be read.
+/// A frame cannot be read. Asks the frame itself, so that the caller keeps nothing at hand for it.
 #[inline(never)]
-pub fn malformed(ifindex: u32, bytes: u32) {
-    say!(Level::Debug, "interface {}: malformed frame of {} bytes", ifindex, bytes);
+pub fn malformed<F: Frame>(frame: &F) {
+    say!(Level::Debug, "interface {}: malformed frame of {} bytes", frame.ifindex(), frame.len());
 }
 
 /// A flow got no slot.

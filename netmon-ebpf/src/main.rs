@@ -138,7 +138,7 @@ fn watch_at<F: Frame, const AT: usize>(
         Parsed::OtherProtocol => (Outcome::OtherProtocol, packet.measure.l3_bytes),
         Parsed::NotIp => (Outcome::NotIp, frame.len()),
         Parsed::Malformed => {
-            diagnostics::malformed(frame.ifindex(), frame.len());
+            diagnostics::malformed(frame);
             (Outcome::Malformed, frame.len())
         }
     }
