@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use netmon_common::model::Service;
 use serde::Deserialize;
 
+use crate::kernel::{Sizes, WordLevel};
 use crate::links::Choice;
 
 /// Where the settings are looked for when no file is named.
@@ -41,11 +42,18 @@ pub struct Capture {
     pub mode: Mode,
     /// Prefixes that count as the private network, beside the built-in ones and the PC's own.
     pub lan: Vec<IpNet>,
+    /// Slots in each of the two flow tables, over all CPUs: see [`Sizes::flows`].
+    pub flows: u64,
 }
 
 impl Default for Capture {
     fn default() -> Self {
-        Self { interfaces: vec![Choice::AUTO.to_owned()], mode: Mode::Tc, lan: Vec::new() }
+        Self {
+            interfaces: vec![Choice::AUTO.to_owned()],
+            mode: Mode::Tc,
+            lan: Vec::new(),
+            flows: Sizes::default().flows.into(),
+        }
     }
 }
 
@@ -105,17 +113,19 @@ impl TryFrom<String> for ServicePort {
     }
 }
 
-/// `[log]`
+/// `[log]`: the PC's own logs, and what is said for those who look for a fault.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
     /// `log.txt` and `usb.log` begin anew at this size; the file before is kept as `.1`.
     pub max_mib: u64,
+    /// What the kernel programs say of themselves, on standard error.
+    pub kernel: WordLevel,
 }
 
 impl Default for Log {
     fn default() -> Self {
-        Self { max_mib: 64 }
+        Self { max_mib: 64, kernel: WordLevel::Off }
     }
 }
 
@@ -209,6 +219,7 @@ impl Config {
             let problem = format!("= {value} is outside {} to {}", range.start(), range.end());
             Err(ConfigError::Value { file: file(), field, problem })
         };
+        range("capture.flows", config.capture.flows, Sizes::FLOWS)?;
         range("report.coverage_s", config.report.coverage_s, 1..=3_600)?;
         range("report.muted_s", config.report.muted_s, 1..=3_600)?;
         range("spool.max_mib", config.spool.max_mib, 1..=1 << 20)?;
@@ -271,6 +282,12 @@ mod tests {
             error("[report]\ncoverage_s = 0\n"),
             "the configuration agent.toml: report.coverage_s = 0 is outside 1 to 3600"
         );
+        for flows in [0, 1_023, 4_194_305, 1_u64 << 32] {
+            assert_eq!(
+                error(&format!("[capture]\nflows = {flows}\n")),
+                format!("the configuration agent.toml: capture.flows = {flows} is outside 1024 to 4194304")
+            );
+        }
         let message = error("[filter.services]\ndns = [\"53\"]\n");
         assert!(message.contains("`53` is not a service: write udp/53 or tcp/53"), "{message}");
         assert!(error("[capture]\ninterfaces = [\"a/b\"]\n").contains("capture.interfaces"));

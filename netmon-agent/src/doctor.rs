@@ -9,7 +9,7 @@ use crate::clock::Now;
 use crate::config::Config;
 use crate::filter::FilterFile;
 use crate::identity::Identity;
-use crate::links::{self, Choice, Listing, Verdict};
+use crate::links::{self, Choice, Link, Listing, Verdict};
 use crate::{chain, kernel, status};
 
 /// What one check found.
@@ -144,16 +144,9 @@ async fn interfaces(config: &Config) -> Finding {
         ));
     }
     let verdicts = choice.judge(&links);
-    let (mut watched, mut left) = (Vec::new(), String::new());
-    for link in &links {
-        match verdicts.get(&link.index) {
-            Some(Verdict::Watch) => watched.push(escaped(&link.name)),
-            Some(Verdict::Leave(reason)) => {
-                left += &format!("\n{NOT_WATCHED}{}: {reason}", escaped(&link.name));
-            }
-            None => {}
-        }
-    }
+    let is_watched = |link: &&Link| verdicts.get(&link.index) == Some(&Verdict::Watch);
+    let watched: Vec<_> = links.iter().filter(is_watched).map(|link| escaped(&link.name)).collect();
+    let left: String = links::left(&links, &verdicts).map(|left| format!("\n{NOT_WATCHED}{left}")).collect();
     if watched.is_empty() {
         return Finding::Weak(format!(
             "no interface is chosen by {:?}: name one with --interface or capture.interfaces (in a container, its only interface has no device){left}",

@@ -12,8 +12,9 @@ use netmon_common::raw::Raw;
 use crate::chain;
 use crate::clock::Now;
 use crate::kernel::Kernel;
-use crate::links::{Choice, Link, Verdict};
+use crate::links::{self, Choice, Left, Link, Verdict};
 use crate::recorder::Recorder;
+use crate::status;
 
 /// The interfaces of this PC.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct Interfaces {
     verdicts: BTreeMap<u32, Verdict>,
     watched: BTreeMap<u32, Watched>,
     failed: BTreeMap<u32, Failure>,
+    /// Said to be left, as it was said; forgotten with the interface.
+    told_left: BTreeMap<u32, String>,
     /// All of `watched` was seen to be attached at this wall time.
     verified_wall_ns: i64,
 }
@@ -51,6 +54,7 @@ impl Interfaces {
             verdicts: BTreeMap::new(),
             watched: BTreeMap::new(),
             failed: BTreeMap::new(),
+            told_left: BTreeMap::new(),
             verified_wall_ns: now.wall_ns,
         }
     }
@@ -75,6 +79,21 @@ impl Interfaces {
         }
         self.rename(now, recorder);
         self.attach_missing(now, kernel, recorder);
+        self.tell_left();
+    }
+
+    /// Says once of each interface that is left why it is.
+    fn tell_left(&mut self) {
+        self.told_left.retain(|index, _| self.links.contains_key(index));
+        let asked = links::left(self.links.values(), &self.verdicts).filter(Left::is_asked_about);
+        for left in asked.take(status::MAX_LEFT) {
+            let line = left.to_string();
+            if self.told_left.get(&left.link.index) != Some(&line) {
+                let name = Raw::from(left.link.name.as_str());
+                tracing::info!(interface = %name.escaped(), reason = %left.reason, "not watching an interface");
+                self.told_left.insert(left.link.index, line);
+            }
+        }
     }
 
     /// Tries again what failed.
@@ -118,6 +137,14 @@ impl Interfaces {
     pub fn failures(&self) -> Vec<String> {
         let failed = self.failed.iter();
         failed.map(|(index, failure)| format!("{}: {}", self.name(*index).escaped(), failure.error)).collect()
+    }
+
+    /// What is left and may be asked about, each with its reason, for people; and how many more there are.
+    pub fn left(&self) -> (Vec<String>, usize) {
+        let asked = || links::left(self.links.values(), &self.verdicts).filter(Left::is_asked_about);
+        let named: Vec<_> = asked().take(status::MAX_LEFT).map(|left| left.to_string()).collect();
+        let unnamed = asked().count() - named.len();
+        (named, unnamed)
     }
 
     /// Prefixes of the PC's own links.
@@ -206,4 +233,39 @@ impl Interfaces {
 fn not_watched(from_wall_ns: i64, now: &Now) -> Event {
     let reason = GapReason::InterfaceNotWatched;
     Event::Gap(Gap { reason, from_wall_ns, to_wall_ns: now.wall_ns, count: None })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::links::Backing;
+
+    #[test]
+    fn of_many_interfaces_that_are_left_some_are_named_and_the_others_counted() {
+        let choice = Choice::new(&[Choice::AUTO.to_owned()]).unwrap();
+        let bridge = |index| Link {
+            index,
+            name: format!("br{index}"),
+            link_type: 1,
+            kind: "bridge".into(),
+            master: None,
+            lower: None,
+            backing: Backing::Nothing,
+            on_link: vec!["192.168.0.0/24".parse().unwrap()],
+        };
+        let links: Vec<_> = (1..=20).map(bridge).collect();
+        let mut interfaces = Interfaces::new(choice, &Now::default());
+        interfaces.verdicts = interfaces.choice.judge(&links);
+        interfaces.links = links.into_iter().map(|link| (link.index, link)).collect();
+        let (named, unnamed) = interfaces.left();
+        assert_eq!((named.len(), unnamed), (status::MAX_LEFT, 20 - status::MAX_LEFT));
+        assert!(named[0].starts_with("br1: no device"), "{named:?}");
+        for _ in 0..2 {
+            interfaces.tell_left();
+            assert_eq!(interfaces.told_left.len(), status::MAX_LEFT);
+        }
+        interfaces.links.retain(|index, _| *index > 4);
+        interfaces.tell_left();
+        assert_eq!(interfaces.told_left.len(), 16, "what went is forgotten, and others are told");
+    }
 }

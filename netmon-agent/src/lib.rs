@@ -23,6 +23,7 @@ pub mod transfers;
 pub mod uplink;
 pub mod usb;
 pub mod watch;
+pub mod words;
 
 /// An error and its causes in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {

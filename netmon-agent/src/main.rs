@@ -11,8 +11,9 @@ use netmon_agent::clock::Now;
 use netmon_agent::config::{Config, ConfigError, Mode};
 use netmon_agent::filter::FilterError;
 use netmon_agent::identity::EnrollError;
+use netmon_agent::kernel::{Sizes, WordLevel};
 use netmon_agent::run::{self, Paths, UsageError};
-use netmon_agent::{doctor, identity, status};
+use netmon_agent::{doctor, identity, status, words};
 use netmon_common::enroll::{Token, TokenError};
 use tracing_subscriber::EnvFilter;
 
@@ -93,9 +94,15 @@ enum Command {
         /// How arriving packets are seen
         #[arg(long, env = "NETMON_MODE")]
         mode: Option<Mode>,
+        /// Size of the flow tables [default: 65536]
+        #[arg(long, env = "NETMON_FLOWS", value_name = "SLOTS", value_parser = flows())]
+        flows: Option<u64>,
         /// List of muted prefixes; read again when it changes [default: the ip.txt that came with this netmon]
         #[arg(long, env = "NETMON_FILTER_LIST", value_name = "FILE")]
         filter_list: Option<PathBuf>,
+        /// What the kernel programs say of themselves on standard error, to find a fault (docs/bpftool.md) [default: off]
+        #[arg(long, env = "NETMON_KERNEL_LOG", value_name = "LEVEL")]
+        kernel_log: Option<WordLevel>,
     },
     /// Make this PC one of a server's agents
     ///
@@ -122,12 +129,11 @@ enum Command {
     Doctor,
 }
 
+fn flows() -> clap::builder::RangedU64ValueParser {
+    clap::value_parser!(u64).range(Sizes::FLOWS)
+}
+
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_env("NETMON_LOG").unwrap_or_else(|_| EnvFilter::new(SAID)))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
     match command(Cli::parse()) {
         Ok(status) => status,
         Err(error) => {
@@ -135,6 +141,20 @@ fn main() -> ExitCode {
             if is_usage(&error) { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
+}
+
+/// What is said on standard error. Lines of the kernel programs that were asked for are among it, whatever else is.
+fn speak(kernel: WordLevel) {
+    let said = EnvFilter::try_from_env("NETMON_LOG").unwrap_or_else(|_| EnvFilter::new(SAID));
+    let said = match format!("{}=trace", words::TARGET).parse() {
+        Ok(all_of_them) if kernel != WordLevel::Off => said.add_directive(all_of_them),
+        _ => said,
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(said)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
 }
 
 /// True when what was given is wrong, as opposed to what went wrong with it.
@@ -159,8 +179,11 @@ struct TokenUnreadable {
 
 fn command(cli: Cli) -> Result<ExitCode> {
     let Places { config, state_dir, log_dir, runtime_dir } = cli.places;
+    if !matches!(cli.command, Command::Run { .. }) {
+        speak(WordLevel::Off);
+    }
     match cli.command {
-        Command::Run { interfaces, mode, filter_list } => {
+        Command::Run { interfaces, mode, flows, filter_list, kernel_log } => {
             let mut config = Config::load(config.as_deref())?;
             if !interfaces.is_empty() {
                 config.capture.interfaces = interfaces;
@@ -168,9 +191,16 @@ fn command(cli: Cli) -> Result<ExitCode> {
             if let Some(mode) = mode {
                 config.capture.mode = mode;
             }
+            if let Some(flows) = flows {
+                config.capture.flows = flows;
+            }
             if filter_list.is_some() {
                 config.filter.list = filter_list;
             }
+            if let Some(level) = kernel_log {
+                config.log.kernel = level;
+            }
+            speak(config.log.kernel);
             let paths = Paths { state: state_dir, log: log_dir, runtime: runtime_dir };
             runtime()?.block_on(run::run(config, paths))?;
             Ok(ExitCode::SUCCESS)
@@ -238,6 +268,17 @@ fn read_token(file: &Path) -> Result<String, TokenUnreadable> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_size_of_the_flow_tables_that_is_out_of_range_is_refused_with_the_limits() {
+        let parse = |flows| Cli::try_parse_from(["netmon-agent", "run", "--flows", flows]);
+        assert!(parse("4194304").is_ok());
+        for flows in ["1023", "4194305", "many"] {
+            let message = parse(flows).err().unwrap().to_string();
+            assert!(message.contains("--flows") && message.contains(flows), "{message}");
+        }
+        assert!(parse("0").err().unwrap().to_string().contains("1024..=4194304"));
+    }
 
     #[test]
     fn a_wrong_token_is_the_givers_and_a_missing_server_is_not() {

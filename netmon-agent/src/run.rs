@@ -17,13 +17,14 @@ use crate::clock::Now;
 use crate::config::{Config, Mode};
 use crate::filter::FilterFile;
 use crate::journal::Journal;
-use crate::kernel::{self, Kernel, LoadOptions};
+use crate::kernel::{self, Kernel, LoadOptions, Sizes};
 use crate::links::{self, Choice, Link};
 use crate::recorder::Recorder;
 use crate::spool::{Limits, Spool, SpoolHandle};
 use crate::uplink::{self, Introduction, UplinkStatus};
 use crate::usb::{self, UsbOutput, UsbWatch};
 use crate::watch::{Start, Watch};
+use crate::words::{Listener, Teller};
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -93,7 +94,14 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         Mode::Tc => kernel::Mode::Tc,
         Mode::Xdp => kernel::Mode::Xdp,
     };
-    let kernel = Kernel::load(LoadOptions { mode, ..LoadOptions::default() })?;
+    // In their range since they were read.
+    let flows = u32::try_from(config.capture.flows).unwrap_or(u32::MAX);
+    let sizes = Sizes { flows, ..Sizes::default() };
+    let words = config.log.kernel;
+    let mut kernel = Kernel::load(LoadOptions { mode, sizes, words, ..LoadOptions::default() })?;
+    let teller = Teller::default();
+    let listener = kernel.words(teller.clone())?.map(|words| Listener::start(words, teller)).transpose();
+    let listener = listener.context("cannot listen to the kernel programs")?;
     // SAFETY: the `AsyncFd` owns the descriptor, so it stays open for as long as it is registered, and an `OwnedFd`
     // gives the same descriptor every time.
     let ring = unsafe { AsyncFd::register_with_interest(kernel.ring_fd()?, Interest::READABLE)? };
@@ -150,6 +158,9 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         watch.usb(&now, output);
     }
     watch.stop(&now);
+    if let Some(listener) = listener {
+        listener.stop();
+    }
     // From here on a second signal ends the process at once: everything is recorded and nothing is attached.
     let finish = async {
         if let Err(error) = spool.sync_in_background().await {

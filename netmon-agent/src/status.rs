@@ -14,6 +14,9 @@ use crate::clock::Now;
 /// An agent that did not write for this long is not watching.
 pub const STALE_NS: u64 = 5_000_000_000;
 
+/// Interfaces that are left by name: what a person reads.
+pub const MAX_LEFT: usize = 16;
+
 /// `status.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
@@ -33,6 +36,12 @@ pub struct Status {
     pub interfaces: Vec<WatchedInterface>,
     /// Interfaces that were chosen and cannot be watched, with the reason.
     pub failed_interfaces: Vec<String>,
+    /// Interfaces that are left and that somebody may ask about, each with the reason; [`MAX_LEFT`] at most.
+    #[serde(default)]
+    pub left_interfaces: Vec<String>,
+    /// How many more there are.
+    #[serde(default)]
+    pub left_unnamed: usize,
     /// Where the filter list comes from.
     pub filter: String,
     /// The connection to the server.
@@ -176,6 +185,12 @@ impl Status {
         for failed in &self.failed_interfaces {
             text += &format!("          CANNOT WATCH {failed}\n");
         }
+        for left in &self.left_interfaces {
+            text += &format!("          not {left}\n");
+        }
+        if self.left_unnamed > 0 {
+            text += &format!("          not {} more: `netmon-agent doctor` names them\n", self.left_unnamed);
+        }
         text += &format!("usb       {}\n", if c.usb { "watched" } else { "NOT WATCHED" });
         text += &format!("server    {}\n", self.server);
         text +=
@@ -208,12 +223,35 @@ mod tests {
             updated_wall_ns: 0,
             interfaces: Vec::new(),
             failed_interfaces: Vec::new(),
+            left_interfaces: Vec::new(),
+            left_unnamed: 0,
             filter: String::new(),
             server: String::new(),
             sockets: Vec::new(),
             spool_bytes: 0,
             coverage: Coverage::default(),
         }
+    }
+
+    #[test]
+    fn interfaces_that_are_left_are_told_with_their_reasons() {
+        let mut status = status(0);
+        assert!(!status.describe().contains("  not "));
+        status.left_interfaces = vec!["br0: no device".into()];
+        status.left_unnamed = 7;
+        let text = status.describe();
+        assert!(
+            text.contains("\n          not br0: no device\n          not 7 more: `netmon-agent"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_status_of_an_agent_before_this_one_is_understood() {
+        let mut json = serde_json::to_value(status(0)).unwrap();
+        json.as_object_mut().unwrap().retain(|field, _| !field.starts_with("left_"));
+        let status: Status = serde_json::from_value(json).unwrap();
+        assert_eq!((status.left_interfaces.len(), status.left_unnamed), (0, 0));
     }
 
     #[test]

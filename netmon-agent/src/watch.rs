@@ -439,6 +439,7 @@ impl Watch {
     }
 
     fn write_status(&self, now: &Now) {
+        let (left_interfaces, left_unnamed) = self.interfaces.left();
         let status = Status {
             state: match self.interfaces.watched().next() {
                 Some(_) => State::Watching,
@@ -451,6 +452,8 @@ impl Watch {
             updated_wall_ns: now.wall_ns,
             interfaces: self.interfaces.watched().map(Into::into).collect(),
             failed_interfaces: self.interfaces.failures(),
+            left_interfaces,
+            left_unnamed,
             filter: format!("{}, {} prefixes", self.filter.source(), self.list.len()),
             server: self.uplink.borrow().describe(now),
             sockets: self.uplink.borrow().sockets.clone(),

@@ -442,8 +442,8 @@ pub struct CpuStats {
     /// Written by the agent: another number whenever the tries were refilled. A flow of another generation is classified
     /// again.
     pub generation: u32,
-    /// Always zero.
-    pub pad: u32,
+    /// Lines that the programs said of themselves, whether their ring had room for them or not. Wraps.
+    pub said: u32,
 }
 
 /// How the tables are laid out: a constant of the programs, another one at every start of the agent.

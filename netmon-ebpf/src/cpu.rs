@@ -124,4 +124,11 @@ impl Cpu {
         // SAFETY: as above.
         unsafe { (*self.state).stats.ring_full += 1 };
     }
+
+    /// Counts a line of [`crate::diagnostics`].
+    #[inline(always)]
+    pub fn said(&self) {
+        // SAFETY: as above.
+        unsafe { (*self.state).said = (*self.state).said.wrapping_add(1) };
+    }
 }

@@ -19,6 +19,7 @@ use netmon_common::abi::{
 use crate::{
     classify::Class,
     cpu::Cpu,
+    diagnostics,
     frame::Frame,
     key::{Key, Slot},
     maps::{EVENTS, LIVES, TOUCHED, table_layout},
@@ -247,8 +248,12 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
     // SAFETY: the map gave the pointer, and this CPU is the only writer of these fields.
     let (incarnation, handed_over) = unsafe {
         let unread = !free && !was_read::<K>(slot, life);
-        if unread && !hand_over::<K>(cpu, slot, life, number, now_ns) {
-            return false;
+        if unread {
+            if !hand_over::<K>(cpu, slot, life, number, now_ns) {
+                diagnostics::refused(frame.ifindex(), K::FAMILY, index);
+                return false;
+            }
+            diagnostics::handed_over(number, K::FAMILY);
         }
         ((*life).incarnation, unread)
     };

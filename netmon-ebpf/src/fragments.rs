@@ -3,7 +3,7 @@
 
 use netmon_common::abi::{FragmentKey, FragmentPorts};
 
-use crate::{maps::FRAGMENTS, parse::Packet};
+use crate::{diagnostics, maps::FRAGMENTS, parse::Packet};
 
 /// `BPF_ANY`.
 const ANY: u64 = 0;
@@ -31,5 +31,7 @@ pub fn follow(packet: &mut Packet) {
             packet.source_port = (*ports).source;
             packet.destination_port = (*ports).destination;
         }
+    } else {
+        diagnostics::fragment_without_first(packet.fragment_id, packet.family.into());
     }
 }

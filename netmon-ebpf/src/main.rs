@@ -5,6 +5,7 @@
 //! * [`fragments`]: the ports of later fragments
 //! * [`key`], [`flow`]: the flow table and the records to the agent
 //! * [`classify`]: whose address is it?
+//! * [`diagnostics`]: what the programs say of themselves
 //! * [`cpu`]: what became of every frame, and the clock
 //! * [`maps`]: the maps
 //!
@@ -15,6 +16,7 @@
 
 mod classify;
 mod cpu;
+mod diagnostics;
 mod flow;
 mod fragments;
 mod frame;
@@ -135,7 +137,10 @@ fn watch_at<F: Frame, const AT: usize>(
         }
         Parsed::OtherProtocol => (Outcome::OtherProtocol, packet.measure.l3_bytes),
         Parsed::NotIp => (Outcome::NotIp, frame.len()),
-        Parsed::Malformed => (Outcome::Malformed, frame.len()),
+        Parsed::Malformed => {
+            diagnostics::malformed(frame);
+            (Outcome::Malformed, frame.len())
+        }
     }
 }
 

@@ -98,6 +98,9 @@ pub enum KernelError {
         /// Why not.
         source: io::Error,
     },
+    /// The programs' words could not be listened to.
+    #[error("cannot listen to what the kernel programs say of themselves")]
+    Words(#[source] Box<aya_log::Error>),
     /// The kernel did not say how many CPUs there can be.
     #[error("cannot tell how many CPUs there can be from {file}")]
     Cpus {

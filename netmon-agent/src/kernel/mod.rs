@@ -11,11 +11,12 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    ops::RangeInclusive,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -45,12 +46,14 @@ mod prefixes;
 mod preflight;
 mod sys;
 mod table;
+mod words;
 
 pub use self::{
     error::KernelError,
     flows::{FlowDelta, FlowId, Moved},
     prefixes::PrefixChange,
     preflight::check as preflight,
+    words::{WordLevel, Words},
 };
 
 /// The kernel programs, as `cargo xtask build-ebpf` built them.
@@ -91,6 +94,8 @@ pub struct LoadOptions {
     pub tc: TcKind,
     /// Sizes of the maps.
     pub sizes: Sizes,
+    /// What the programs say of themselves: [`Kernel::words`].
+    pub words: WordLevel,
 }
 
 impl Default for LoadOptions {
@@ -100,6 +105,7 @@ impl Default for LoadOptions {
             mode: Mode::default(),
             tc: TcKind::default(),
             sizes: Sizes::default(),
+            words: WordLevel::default(),
         }
     }
 }
@@ -116,6 +122,12 @@ pub struct Sizes {
     pub muted_prefixes: u32,
     /// Ring buffer, in bytes; rounded up to a power of two of pages.
     pub ring_bytes: u32,
+}
+
+impl Sizes {
+    /// What a PC's settings may say of [`Self::flows`]. Less than the least is rounded up on most PCs, whose CPUs have 64
+    /// each; the most is 512 MiB for each table.
+    pub const FLOWS: RangeInclusive<u64> = 1_024..=4_194_304;
 }
 
 impl Default for Sizes {
@@ -221,7 +233,7 @@ pub struct Kernel {
     shown4: HashMap<MapData, Flow4Key, FlowState>,
     shown6: HashMap<MapData, Flow6Key, FlowState>,
     cpus: usize,
-    stats: Mapping,
+    stats: Arc<Mapping>,
     /// Of the prefixes in the tries.
     generation: u32,
     events: RingBuf<MapData>,
@@ -273,8 +285,13 @@ impl Kernel {
         let cpus = aya::util::nr_cpus().map_err(|(file, source)| KernelError::Cpus { file, source })?;
         let layout = table_layout(sizes.flows, cpus)?;
         let sets = layout.regions * REGION_SETS as u32;
+        let words = options.words.number();
+        // The programs keep the ring of their words even when the kernel has taken all its users out of them.
+        let words_bytes = if words == 0 { rustix::param::page_size() as u32 } else { words::RING_BYTES };
         let mut ebpf = EbpfLoader::new()
             .override_global(constants::TABLE_LAYOUT, &layout, true)
+            .override_global(words::LEVEL, &words, true)
+            .map_max_entries(words::RING, words_bytes)
             .map_max_entries(maps::TABLE4, sets)
             .map_max_entries(maps::TABLE6, sets)
             .map_max_entries(maps::LIVES, 2 * sets)
@@ -340,7 +357,7 @@ impl Kernel {
             shown4,
             shown6,
             cpus,
-            stats,
+            stats: Arc::new(stats),
             generation: 0,
             events: ring,
             refused_records: 0,
@@ -569,6 +586,18 @@ impl Kernel {
     /// Too many open files.
     pub fn ring_fd(&self) -> io::Result<OwnedFd> {
         self.events.as_fd().try_clone_to_owned()
+    }
+
+    /// What the programs say of themselves goes to `logger` when it is read. `None` when they say nothing, by
+    /// [`LoadOptions::words`], or when somebody has it already.
+    ///
+    /// # Errors
+    /// [`KernelError::Words`].
+    pub fn words<L: log::Log>(&mut self, logger: L) -> Result<Option<Words<L>>, KernelError> {
+        if self.options.words == WordLevel::Off || self.ebpf.map(words::RING).is_none() {
+            return Ok(None);
+        }
+        Words::new(&mut self.ebpf, self.stats.clone(), self.cpus, logger).map(Some)
     }
 
     /// Records of the ring buffer that had a wrong length. Above 0 only if agent and programs do not fit together.

@@ -39,6 +39,9 @@ pub(super) struct Mapping {
 // SAFETY: nothing but the address of memory that belongs to the process; it is read and written by atomics.
 unsafe impl Send for Mapping {}
 
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
 impl Mapping {
     /// Maps all values.
     pub fn new(map: &MapData) -> io::Result<Self> {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
+use ipnet::IpNet;
 use netmon_common::raw::Raw;
 
 use super::{Backing, Link, sysfs};
@@ -65,6 +66,55 @@ impl fmt::Display for Reason {
     }
 }
 
+/// An interface that is not watched, and why. Shown as `name: reason`, on one line whatever the name.
+#[derive(Clone, Copy, Debug)]
+pub struct Left<'a> {
+    /// The interface.
+    pub link: &'a Link,
+    /// Why.
+    pub reason: &'a Reason,
+}
+
+impl fmt::Display for Left<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", Raw::from(self.link.name.as_str()).escaped(), self.reason)
+    }
+}
+
+impl Left<'_> {
+    /// May somebody expect that it is watched? With a device behind it, an address by which hosts on its link reach this
+    /// PC, or another network's packets in it: yes. The ends of containers' and virtual machines' cables, of which there
+    /// may be hundreds: no.
+    pub fn is_asked_about(&self) -> bool {
+        let Link { backing, link_type, on_link, .. } = self.link;
+        *self.reason != Reason::Loopback
+            && (*backing != Backing::Nothing
+                || *link_type == NO_HEADER
+                || on_link.iter().any(is_beyond_the_link))
+    }
+}
+
+/// Every up interface has a link-local prefix (RFC 4291, 2.5.6): it says nothing.
+fn is_beyond_the_link(prefix: &IpNet) -> bool {
+    match prefix {
+        IpNet::V4(_) => true,
+        IpNet::V6(prefix) => !prefix.addr().is_unicast_link_local(),
+    }
+}
+
+/// Interfaces that are left, by these verdicts, in the order of `links`.
+pub fn left<'a>(
+    links: impl IntoIterator<Item = &'a Link>,
+    verdicts: &'a BTreeMap<u32, Verdict>,
+) -> impl Iterator<Item = Left<'a>> {
+    links.into_iter().filter_map(|link| match verdicts.get(&link.index) {
+        Some(Verdict::Leave(reason)) => Some(Left { link, reason }),
+        Some(Verdict::Watch) | None => None,
+    })
+}
+
+/// `ARPHRD_NONE`: tun, WireGuard.
+const NO_HEADER: u16 = 0xfffe;
 /// `ARPHRD_LOOPBACK`.
 const LOOPBACK: u16 = 772;
 /// `ARPHRD_CAN`, `_IEEE80211`, `_IEEE80211_PRISM`, `_IEEE80211_RADIOTAP`, `_IEEE802154`, `_IEEE802154_MONITOR`,
@@ -305,6 +355,32 @@ mod tests {
         assert_eq!(choice(&["br*"]).judge(&links)[&1], Verdict::Leave(Reason::NotNamed));
         let hostile = Reason::OnTop(Some("a\nb".into())).to_string();
         assert!(!hostile.contains('\n'), "{hostile}");
+    }
+
+    #[test]
+    fn those_who_may_expect_to_be_watched_are_asked_about_and_ends_of_cables_are_not() {
+        let at = |prefix: &str, link: Link| Link { on_link: vec![prefix.parse().unwrap()], ..link };
+        let links: Vec<_> = [
+            link("lo", LOOPBACK, ""),
+            card("eth0"),
+            at("192.168.0.0/24", link("br0", ETHER, "bridge")),
+            at("fe80::/64", part_of(3, link("veth1", ETHER, "veth"))),
+            at("2001:db8::/64", link("veth2", ETHER, "veth")),
+            link("wg0", RAW, "wireguard"),
+            link("sit0", 776, "sit"),
+            Link { backing: Backing::Device, ..link("can0", 280, "") },
+        ]
+        .into_iter()
+        .zip(1..)
+        .map(|(link, index)| Link { index, ..link })
+        .collect();
+        let verdicts = choice(&["auto"]).judge(&links);
+        let all: Vec<_> = left(&links, &verdicts).map(|left| left.link.name.as_str()).collect();
+        assert_eq!(all, ["lo", "br0", "veth1", "veth2", "wg0", "sit0", "can0"]);
+        let asked: Vec<_> = left(&links, &verdicts).filter(Left::is_asked_about).collect();
+        let names: Vec<_> = asked.iter().map(|left| left.link.name.as_str()).collect();
+        assert_eq!(names, ["br0", "veth2", "wg0", "can0"]);
+        assert_eq!(asked[3].to_string(), "can0: carries no IP packets of this PC");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 mod choice;
 mod sysfs;
 
-pub use choice::{Choice, Reason, Verdict};
+pub use choice::{Choice, Left, Reason, Verdict, left};
 
 /// The list is read at least this often, whatever the notifications say.
 pub const RESYNC: Duration = Duration::from_secs(30);

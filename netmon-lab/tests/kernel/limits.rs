@@ -141,7 +141,7 @@ fn two_seconds_of_silence_begin_a_new_burst() {
 }
 
 /// A pseudo-random sequence (Marsaglia's xorshift64): the same in every run.
-fn xorshift(state: &mut u64) -> u64 {
+pub fn xorshift(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
     *state ^= *state << 17;

@@ -7,4 +7,6 @@ mod counting;
 mod frames;
 mod limits;
 mod network;
+mod readers;
 mod rig;
+mod words;

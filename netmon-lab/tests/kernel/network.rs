@@ -15,7 +15,7 @@ use aya::{
 };
 use netmon_agent::kernel::{Kernel, KernelError, Mode, OBJECT, TcKind};
 use netmon_common::{
-    abi::{CpuStats, IPPROTO_TCP, IPPROTO_UDP, OPENED_HERE, OPENED_THERE, Stats, maps, programs},
+    abi::{CpuStats, IPPROTO_TCP, IPPROTO_UDP, OPENED_HERE, OPENED_THERE, Set4, Stats, maps, programs},
     model::Hook,
 };
 
@@ -465,6 +465,26 @@ fn bpftool_prints_the_flow_table_with_field_names() {
             show(format!("map dump pinned {}", pins.join(map).display()))
         );
     }
+    let set = pair.a.run({
+        let pin = pins.join(maps::TABLE4);
+        move || {
+            let map = Map::Array(MapData::from_pin(pin).unwrap());
+            let table: Array<_, Set4> = Array::try_from(map).unwrap();
+            let is_used = |set: Set4| set.slots.iter().any(|slot| slot.ports.protocol != 0);
+            (0..table.len()).find(|index| is_used(table.get(index, 0).unwrap())).unwrap()
+        }
+    });
+    let [a, b, c, d] = set.to_ne_bytes();
+    let lookup = |map: &str| {
+        let found = show(format!("map lookup pinned {} key {a} {b} {c} {d}", pins.join(map).display()));
+        println!("$ bpftool map lookup name {map} key {a} {b} {c} {d}\n{found}");
+        found
+    };
+    let (slots, lives) = (lookup(maps::TABLE4), lookup(maps::LIVES));
+    for field in ["\"remote_addr\"", "\"tx_payload\": ", "\"last_tick\": "] {
+        assert!(slots.contains(field), "{field} in {slots}");
+    }
+    assert!(lives.contains("\"incarnation\": 1"), "{lives}");
     drop(kernel);
 
     let (kernel, _) = watch(&pair.a, Mode::Xdp, TcKind::Clsact);
