@@ -22,6 +22,7 @@ use netmon_lab::netmon::Agent;
 use netmon_lab::packet::PacketSocket;
 use netmon_lab::room::Room;
 use netmon_lab::wait;
+use rustix::process::{Pid, Signal, kill_process};
 
 use frames::{UDP, eth4, ipv4, udp};
 
@@ -207,6 +208,25 @@ fn a_flood_of_flows_at_an_agent_that_stands_still_is_counted_or_refused_to_the_p
 #[test]
 fn nothing_is_refused_while_the_agent_stands_still_and_the_flows_fit() {
     without_overflow(SHORT);
+}
+
+#[test]
+fn an_agent_that_is_told_to_end_while_it_stands_still_says_that_it_did() {
+    let room = Room::build(1).unwrap();
+    let mut agent = Agent::prepare(&room, 1).unwrap();
+    agent.start_again().unwrap();
+    let pid = agent.pid().unwrap();
+    agent.pause();
+    wait::until(PATIENCE, "the agent to stand still", || (state(pid) == Some('T')).then_some(())).unwrap();
+    thread::sleep(SHORT);
+    // Both are waiting for the agent when it goes on: the end, and a sweep that is late.
+    kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::TERM).unwrap();
+    agent.resume();
+    wait::until(PATIENCE, "the agent's end", || (!agent.is_running()).then_some(())).unwrap();
+    let text = fs::read_to_string(agent.log_file()).unwrap();
+    let lines: Vec<_> = text.lines().map(|line| Line::parse(line).unwrap().kind).collect();
+    let held_up = |kind: &Kind| matches!(kind, Kind::Gap(gap) if gap.starts_with("the agent was held up"));
+    assert!(lines.iter().any(held_up), "{text}");
 }
 
 #[test]
