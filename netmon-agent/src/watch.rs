@@ -254,6 +254,15 @@ impl Watch {
     }
 
     fn sweep(&mut self, now: &Now) {
+        self.record_stall(now);
+        self.timers.last_sweep = now.boot_ns;
+        self.timers.next_sweep = now.boot_ns + SWEEP_NS;
+        self.kernel.sweep(now.boot_ns, &mut self.deltas);
+        self.take_in_swept(now);
+    }
+
+    /// To be called before a sweep, the last one included: nobody else knows how late it comes.
+    fn record_stall(&mut self, now: &Now) {
         let late = now.boot_ns.saturating_sub(self.timers.next_sweep);
         if late >= STALLED_NS {
             let from_wall_ns = now.wall_at(self.timers.last_sweep);
@@ -261,10 +270,6 @@ impl Watch {
             self.recorder
                 .record(now, Event::Gap(Gap { reason, from_wall_ns, to_wall_ns: now.wall_ns, count: None }));
         }
-        self.timers.last_sweep = now.boot_ns;
-        self.timers.next_sweep = now.boot_ns + SWEEP_NS;
-        self.kernel.sweep(now.boot_ns, &mut self.deltas);
-        self.take_in_swept(now);
     }
 
     fn take_in_swept(&mut self, now: &Now) {
@@ -470,6 +475,7 @@ impl Watch {
         if let Err(error) = self.kernel.detach_all() {
             tracing::error!(error = &error as &dyn std::error::Error, "cannot detach from an interface");
         }
+        self.record_stall(now);
         self.kernel.sweep_all(now.boot_ns, &mut self.deltas);
         self.take_in_swept(now);
         self.transfers.end_all(EndReason::AgentStopped);

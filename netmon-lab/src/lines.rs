@@ -99,7 +99,7 @@ pub struct Muted {
 }
 
 /// A line of coverage.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Coverage {
     /// Frames that reached a hook.
     pub seen: u64,
@@ -109,6 +109,10 @@ pub struct Coverage {
     pub not_ip: u64,
     /// IP packets that are neither TCP nor UDP.
     pub other_protocol: u64,
+    /// Frames that are too short or contradict themselves.
+    pub malformed: u64,
+    /// Frames of flows that got no slot.
+    pub table_full: u64,
     /// Frames and records lost, for whatever reason.
     pub lost: u64,
 }
@@ -187,6 +191,8 @@ fn kind(sentence: &str) -> Option<Kind> {
             counted: last_number(sentence, " counted")?,
             not_ip: last_number(sentence, " not IP")?,
             other_protocol: last_number(sentence, " other protocols")?,
+            malformed: last_number(sentence, " malformed")?,
+            table_full: last_number(sentence, " table full")?,
             lost: lost?.iter().sum(),
         }));
     }
@@ -372,7 +378,15 @@ mod tests {
             spool_lost: 40,
             ..model::Coverage::default()
         }));
-        let expected = Coverage { seen: 1, counted: 2, not_ip: 3, other_protocol: 4, lost: 100 };
+        let expected = Coverage {
+            seen: 1,
+            counted: 2,
+            not_ip: 3,
+            other_protocol: 4,
+            malformed: 10,
+            table_full: 20,
+            lost: 100,
+        };
         assert_eq!(coverage.kind, Kind::Coverage(expected));
         let reason = GapReason::AgentDown;
         let gap = read(Event::Gap(model::Gap { reason, from_wall_ns: AT, to_wall_ns: AT, count: None }));

@@ -498,6 +498,27 @@ impl<'a> Agent<'a> {
         self.daemon.as_mut().is_some_and(Daemon::is_running)
     }
 
+    /// Its process, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.daemon.as_ref().map(Daemon::pid)
+    }
+
+    /// Holds it up (SIGSTOP) until [`Agent::resume`].
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on (SIGCONT).
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, which: Signal) {
+        if let Some(daemon) = &self.daemon {
+            daemon.signal(which);
+        }
+    }
+
     /// What it said, of all its runs.
     pub fn said(&self) -> String {
         fs::read_to_string(self.output_file()).unwrap_or_default()

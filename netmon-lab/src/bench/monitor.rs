@@ -180,7 +180,8 @@ impl Running<'_> {
         sockets.is_ok_and(|sockets| sockets.lines().count() > 1)
     }
 
-    fn status(&self) -> Option<serde_json::Value> {
+    /// What the agent says of itself, once a second; none for the others.
+    pub fn status(&self) -> Option<serde_json::Value> {
         let bytes = fs::read(self.file("run").join("status.json")).ok()?;
         serde_json::from_slice(&bytes).ok()
     }

@@ -21,6 +21,29 @@ pub const INTERFACE: &str = "bench0";
 pub const SENDER: &str = "10.99.0.1";
 /// Address of the receiver.
 pub const RECEIVER: &str = "10.99.0.2";
+/// IPv6 address of the sender, where a cable has IPv6.
+pub const SENDER6: &str = "fd99::1";
+/// IPv6 address of the receiver, where a cable has IPv6.
+pub const RECEIVER6: &str = "fd99::2";
+
+/// What a cable is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cable {
+    /// Both ends have an IPv6 address.
+    pub ipv6: bool,
+    /// The receiver's end collects packets as network cards do (NAPI with GRO): frames that the packet source redirects
+    /// are only accepted there.
+    pub gro: bool,
+    /// How many segments a super-packet may have (GSO); 1: there are none.
+    pub segments: u32,
+}
+
+impl Default for Cable {
+    /// The benchmark's.
+    fn default() -> Self {
+        Self { ipv6: false, gro: true, segments: 65_535 }
+    }
+}
 
 /// Two hosts, `sender` and `receiver`, joined by a pair of veth interfaces. They end when this is dropped.
 #[derive(Debug)]
@@ -32,22 +55,28 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Builds it. Neither host says anything by itself: no IPv6, and each knows the other's link-layer address.
-    ///
-    /// The receiver's end collects packets as network cards do (NAPI with GRO): frames that the packet source
-    /// redirects are only accepted there.
+    /// Builds it, with the benchmark's cable.
     ///
     /// # Errors
     /// [`RoomError`] says which step failed.
     pub fn build() -> Result<Self, RoomError> {
+        Self::with(Cable::default())
+    }
+
+    /// Builds it. Neither host says anything by itself once its interface has come up, and each knows the other's
+    /// link-layer address.
+    ///
+    /// # Errors
+    /// [`RoomError`] says which step failed.
+    pub fn with(cable: Cable) -> Result<Self, RoomError> {
         static BUILT: AtomicU32 = AtomicU32::new(0);
         if !rustix::process::geteuid().is_root() {
             return Err(RoomError::NotRoot);
         }
         let name = format!("bench-{}-{}", process::id(), BUILT.fetch_add(1, Ordering::Relaxed));
         let directory = cleanup::register(&name).map_err(|source| RoomError::Directory { source })?;
-        let hosts = Host::start(&name, "sender", false)
-            .and_then(|sender| Host::start(&name, "receiver", false).map(|receiver| (sender, receiver)));
+        let hosts = Host::start(&name, "sender", cable.ipv6)
+            .and_then(|sender| Host::start(&name, "receiver", cable.ipv6).map(|receiver| (sender, receiver)));
         let (sender, receiver) = match hosts {
             Ok(hosts) => hosts,
             Err(error) => {
@@ -56,11 +85,11 @@ impl Pair {
             }
         };
         let pair = Self { name, directory, sender, receiver };
-        pair.plug()?;
+        pair.plug(cable)?;
         Ok(pair)
     }
 
-    fn plug(&self) -> Result<(), RoomError> {
+    fn plug(&self, cable: Cable) -> Result<(), RoomError> {
         const MAC: [&str; 2] = ["02:6e:6d:00:00:01", "02:6e:6d:00:00:02"];
         let peer = self.receiver.holder_pid();
         self.sender.run_with_input(
@@ -71,14 +100,24 @@ impl Pair {
             ),
         )?;
         // Before it is up: a card that is told later loses its carrier for a moment.
-        self.receiver.run(&["ethtool", "-K", INTERFACE, "gro", "on"])?;
-        for (host, own, other, mac) in
-            [(&self.sender, SENDER, RECEIVER, MAC[1]), (&self.receiver, RECEIVER, SENDER, MAC[0])]
-        {
-            let batch = format!(
-                "link set dev {INTERFACE} up\naddress add {own}/24 dev {INTERFACE}\n\
-                 neighbour replace {other} lladdr {mac} nud permanent dev {INTERFACE}\n"
+        if cable.gro {
+            self.receiver.run(&["ethtool", "-K", INTERFACE, "gro", "on"])?;
+        }
+        let [sender, receiver] = [(SENDER, SENDER6, MAC[0]), (RECEIVER, RECEIVER6, MAC[1])];
+        for (host, own, other) in [(&self.sender, sender, receiver), (&self.receiver, receiver, sender)] {
+            let neighbour = |address: &str| {
+                format!("neighbour replace {address} lladdr {} nud permanent dev {INTERFACE}\n", other.2)
+            };
+            let mut batch = format!(
+                "link set dev {INTERFACE} gso_max_segs {}\nlink set dev {INTERFACE} up\n\
+                 address add {}/24 dev {INTERFACE}\n{}",
+                cable.segments,
+                own.0,
+                neighbour(other.0)
             );
+            if cable.ipv6 {
+                batch += &format!("address add {}/64 dev {INTERFACE} nodad\n{}", own.1, neighbour(other.1));
+            }
             host.run_with_input(&["ip", "-batch", "-"], &batch)?;
         }
         Ok(())

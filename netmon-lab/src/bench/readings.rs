@@ -49,7 +49,14 @@ impl Readings {
     }
 
     fn take_in(&mut self) {
-        for FlowDelta { flow, moved, class, label, .. } in self.scratch.drain(..) {
+        let mut deltas = std::mem::take(&mut self.scratch);
+        self.add(deltas.drain(..));
+        self.scratch = deltas;
+    }
+
+    /// Adds what was read elsewhere.
+    pub fn add(&mut self, deltas: impl IntoIterator<Item = FlowDelta>) {
+        for FlowDelta { flow, moved, class, label, .. } in deltas {
             let sum = self.flows.entry(flow).or_default();
             sum.tx_packets += moved.tx_packets;
             sum.rx_packets += moved.rx_packets;

@@ -55,28 +55,36 @@ pub struct Sent {
     pub cpu: Duration,
 }
 
-/// The packet source of a pair's sender. One load at a time.
+/// The packet source of a host. One load at a time.
 pub struct Source<'a> {
-    pair: &'a Pair,
+    host: &'a Host,
     ebpf: Ebpf,
     frame: Vec<u8>,
     cpu: usize,
 }
 
 impl<'a> Source<'a> {
-    /// Loads it; [`Source::prepare`] comes next.
+    /// Loads that of a pair's sender; [`Source::prepare`] comes next.
     ///
     /// # Errors
     /// The object is missing, or the kernel refuses it (before 5.18 there are no live frames).
     pub fn load(pair: &'a Pair) -> Result<Self> {
+        // The last CPU: interrupts and whoever is not asked mostly run on the first.
+        let cpu = thread::available_parallelism().map_or(1, usize::from) - 1;
+        Self::load_on(pair.sender(), cpu)
+    }
+
+    /// Loads one that sends over a host's end of a cable, on one CPU.
+    ///
+    /// # Errors
+    /// As [`Source::load`].
+    pub fn load_on(host: &'a Host, cpu: usize) -> Result<Self> {
         let path = object();
         let mut ebpf = EbpfLoader::new().load_file(&path).with_context(|| missing(&path))?;
         let program: &mut Xdp =
             ebpf.program_mut(programs::SOURCE).context("the reference has no packet source")?.try_into()?;
         program.load().context("the kernel refused the packet source")?;
-        // The last CPU: interrupts and whoever is not asked mostly run on the first.
-        let cpu = thread::available_parallelism().map_or(1, usize::from) - 1;
-        Ok(Self { pair, ebpf, frame: Vec::new(), cpu })
+        Ok(Self { host, ebpf, frame: Vec::new(), cpu })
     }
 
     /// Sets what will be sent: from the first flow of the order on. Returns the length of the order: after as many
@@ -99,7 +107,7 @@ impl<'a> Source<'a> {
         };
         let settings = Settings {
             next: 0,
-            ifindex: index_of(self.pair.sender())?,
+            ifindex: index_of(self.host)?,
             mask: (numbers.len() - 1) as u32,
             family,
             header_sum: shape.header_sum(),
@@ -131,7 +139,7 @@ impl<'a> Source<'a> {
         let before = self.made()?;
         let program: &Xdp =
             self.ebpf.program(programs::SOURCE).context("the reference has no packet source")?.try_into()?;
-        let (frame, cpu, sender) = (self.frame.as_slice(), self.cpu, self.pair.sender());
+        let (frame, cpu, sender) = (self.frame.as_slice(), self.cpu, self.host);
         let (took, cpu) = thread::scope(|scope| {
             let sending = scope.spawn(move || {
                 inside(sender, || {

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     fmt, fs, io,
-    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     process::Command,
     thread,
@@ -28,7 +28,7 @@ use rustix::{
 };
 
 use super::tally::{Counts, Flow, Tally};
-use crate::wait;
+use crate::{packet::PacketSocket, wait};
 
 /// End of the cable where frames are sent.
 const NEAR: &str = "near";
@@ -142,7 +142,7 @@ struct Watcher {
 
 /// The cable. It works on the thread that made it alone.
 pub struct Wire {
-    socket: OwnedFd,
+    socket: PacketSocket,
     watchers: Vec<Watcher>,
     cpus: Vec<usize>,
     /// Index in `cpus`.
@@ -219,7 +219,7 @@ impl Wire {
         }
         let all = sched_getaffinity(None).map_err(|error| WireError::Namespace { source: error.into() })?;
         let cpus = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).collect();
-        let socket = packet_socket(near.index).map_err(|source| WireError::Socket { source })?;
+        let socket = PacketSocket::open(near.index).map_err(|source| WireError::Socket { source })?;
         let mut wire = Self { socket, watchers, cpus, cpu: 0, sent: 0 };
         wire.change_cpu()?;
         Ok(wire)
@@ -359,25 +359,4 @@ fn ip(arguments: &[&str]) -> Result<String, WireError> {
         return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }
     String::from_utf8(output.stdout).map_err(|error| failed(error.to_string()))
-}
-
-/// A socket that sends whole frames over this interface, and receives nothing (protocol 0; packet(7)).
-fn packet_socket(ifindex: u32) -> io::Result<OwnedFd> {
-    // SAFETY: no pointers.
-    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
-    if socket < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made it, and nobody else knows it.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-    // SAFETY: integers and a byte array: all zero is a value.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_ifindex = i32::try_from(ifindex).map_err(io::Error::other)?;
-    let length = size_of_val(&address) as libc::socklen_t;
-    // SAFETY: `address` is a `sockaddr_ll` of `length` bytes, and outlives the call.
-    if unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(socket)
 }

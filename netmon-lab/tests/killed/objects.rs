@@ -1,0 +1,116 @@
+//! What of netmon is in the kernel, and who holds it. Other tests on the machine load the same programs at the same time:
+//! theirs are told apart by whose descriptors they are.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Numbers of programs and of maps. The kernel counts on and gives no number twice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Objects {
+    pub programs: BTreeSet<u64>,
+    pub maps: BTreeSet<u64>,
+}
+
+impl Objects {
+    pub fn is_empty(&self) -> bool {
+        self.programs.is_empty() && self.maps.is_empty()
+    }
+
+    pub fn extend(&mut self, other: Self) {
+        self.programs.extend(other.programs);
+        self.maps.extend(other.maps);
+    }
+
+    /// Those that are also in `other`.
+    pub fn common(&self, other: &Self) -> Self {
+        let common = |a: &BTreeSet<u64>, b| a.intersection(b).copied().collect();
+        Self { programs: common(&self.programs, &other.programs), maps: common(&self.maps, &other.maps) }
+    }
+
+    /// Those that are not in `other`.
+    pub fn without(&self, other: &Self) -> Self {
+        let without = |a: &BTreeSet<u64>, b| a.difference(b).copied().collect();
+        Self { programs: without(&self.programs, &other.programs), maps: without(&self.maps, &other.maps) }
+    }
+}
+
+/// The kernel's lists, as `bpftool` shows them.
+#[derive(Debug)]
+pub struct Kernel {
+    /// Everything that is netmon's by its name, whoever has loaded it.
+    pub netmon: Objects,
+    /// Maps of each program.
+    maps_of: BTreeMap<u64, BTreeSet<u64>>,
+    /// Program of each link.
+    pub links: BTreeMap<u64, u64>,
+}
+
+impl Kernel {
+    pub fn look() -> Self {
+        let named = |list: &[Value]| {
+            let netmon = |item: &&Value| item["name"].as_str().is_some_and(|name| name.starts_with("nm_"));
+            list.iter().filter(netmon).map(|item| id(item, "id")).collect()
+        };
+        let programs = bpftool("prog");
+        let maps_of = programs.iter().map(|program| {
+            let maps = program["map_ids"].as_array().into_iter().flatten();
+            (id(program, "id"), maps.filter_map(Value::as_u64).collect())
+        });
+        let links = bpftool("link");
+        Self {
+            netmon: Objects { programs: named(&programs), maps: named(&bpftool("map")) },
+            maps_of: maps_of.collect(),
+            links: links.iter().map(|link| (id(link, "id"), id(link, "prog_id"))).collect(),
+        }
+    }
+
+    /// What a process holds: by its descriptors, and the maps of its programs.
+    pub fn held_by(&self, pid: u32) -> Objects {
+        let mut held = Objects::default();
+        // It may end at any time, and descriptors may be closed.
+        for entry in fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten() {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            for line in text.lines() {
+                let number =
+                    |name| line.strip_prefix(name).and_then(|rest: &str| rest.trim().parse::<u64>().ok());
+                held.programs.extend(number("prog_id:"));
+                held.maps.extend(number("map_id:"));
+            }
+        }
+        let maps = held.programs.iter().filter_map(|program| self.maps_of.get(program)).flatten();
+        held.maps.extend(maps.copied().collect::<Vec<_>>());
+        held
+    }
+
+    /// What is netmon's and no living process holds: a pin, an attachment or a leak keeps it.
+    pub fn orphans(&self) -> Objects {
+        let mut held = Objects::default();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            if let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) {
+                held.extend(self.held_by(pid));
+            }
+        }
+        self.netmon.without(&held)
+    }
+}
+
+fn id(item: &Value, name: &str) -> u64 {
+    item[name].as_u64().unwrap_or_else(|| panic!("no {name} in {item}"))
+}
+
+/// A list; asked again where something has gone while `bpftool` was listing.
+fn bpftool(kind: &str) -> Vec<Value> {
+    for _ in 0..20 {
+        let output = Command::new("bpftool").args(["-j", kind, "list"]).output().unwrap();
+        if !output.status.success() {
+            continue;
+        }
+        if let Ok(Value::Array(list)) = serde_json::from_slice(&output.stdout) {
+            return list;
+        }
+    }
+    panic!("bpftool cannot list what the kernel has ({kind})")
+}
