@@ -58,7 +58,7 @@ const MAPS: [&str; 13] = [
     maps::MUTE6,
     maps::EVENTS,
     maps::STATS,
-    maps::CONFIG,
+    maps::LIVES,
 ];
 
 /// Pseudo-random numbers below a limit (Marsaglia's xorshift64): the same in every run.
