@@ -345,7 +345,8 @@ pub const CLASS_MUTED: u8 = 3;
 /// The counterpart is a group: multicast or broadcast.
 pub const CLASS_GROUP: u8 = 4;
 
-/// The first packet does not tell who opened the flow (mid-stream, or UDP that was there before us).
+/// The first packet does not tell who opened the flow (mid-stream, UDP that was there before us, or UDP that took its slot
+/// from a flow that was not read yet: under a flood the clock is not read for each new flow).
 pub const OPENED_UNKNOWN: u8 = 0;
 /// This PC opened the flow.
 pub const OPENED_HERE: u8 = 1;

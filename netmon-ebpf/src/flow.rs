@@ -238,29 +238,28 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
     let (Some(set), Some(lives)) = (K::set(index), lives::<K>(index)) else {
         return false;
     };
-    // The first packet of all tells who opened the flow, and each CPU has another first one.
-    let now_ns = cpu.exact_ns();
-    let tick = (now_ns >> TICK_SHIFT) as u32;
+    let tick = (cpu.now_ns() >> TICK_SHIFT) as u32;
     let (way, free) = longest_silent::<K>(set, lives, home, tick);
     // SAFETY: the remainder is a slot's number, and shows it to the verifier.
     let (slot, life) = unsafe { (set.add(way % WAYS), lives.add(way % WAYS)) };
     let number = index * WAYS as u32 + way as u32;
-    // SAFETY: the map gave the pointer, and this CPU is the only writer of these fields.
-    let (incarnation, handed_over) = unsafe {
-        let unread = !free && !was_read::<K>(slot, life);
-        if unread {
-            if !hand_over::<K>(cpu, slot, life, number, now_ns) {
-                diagnostics::refused(frame.ifindex(), K::FAMILY, index);
-                return false;
-            }
-            diagnostics::handed_over(number, K::FAMILY);
+    // SAFETY: the map gave the pointers, and this CPU is the only writer of these fields.
+    let (incarnation, crowded) = unsafe { ((*life).incarnation, !free && !was_read::<K>(slot, life)) };
+    // The first packet of all tells who opened the flow, and each CPU has another first one: for their order the clock is
+    // read. Not in a crowd: reading it makes the processor wait for all that it has asked the memory for.
+    let now_ns = if crowded { cpu.now_ns() } else { cpu.exact_ns() };
+    if crowded {
+        // SAFETY: as above.
+        if unsafe { !hand_over::<K>(cpu, slot, life, number, now_ns) } {
+            diagnostics::refused(frame.ifindex(), K::FAMILY, index);
+            return false;
         }
-        ((*life).incarnation, unread)
-    };
+        diagnostics::handed_over(number, K::FAMILY);
+    }
 
     let generation = cpu.generation();
     touch::<K>(index, now_ns);
-    let opened = opened(measure, direction);
+    let opened = opened(measure, direction, !crowded);
     let mut hints = if measure.later_fragment { HINT_FRAGMENTS } else { 0 };
     if looks_like_quic(frame, measure) {
         hints |= HINT_QUIC;
@@ -298,7 +297,7 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
         let next = incarnation.wrapping_add(1);
         (*life).incarnation = if next == 0 { 1 } else { next };
     }
-    if !handed_over {
+    if !crowded {
         announce(cpu, key, measure, slot, life, now_ns);
     }
     true
@@ -316,7 +315,8 @@ fn longest_silent<K: Key>(set: *mut K::Slot, lives: *mut Life, home: usize, tick
         if incarnation == 0 {
             return (way, true);
         }
-        let silent = tick.wrapping_sub(last_tick);
+        // The clock of the jiffy may be behind a first packet's.
+        let silent = tick.wrapping_add(JIFFY_TICKS).wrapping_sub(last_tick);
         if silent > longest {
             (choice, longest) = (way, silent);
         }
@@ -392,15 +392,15 @@ unsafe fn hand_over<K: Key>(cpu: Cpu, slot: *mut K::Slot, life: *mut Life, numbe
     true
 }
 
-/// Who opened the flow, by its first packet.
+/// Who opened the flow, by its first packet. Whether a UDP packet is the first one tells only an exact clock.
 #[inline(always)]
-fn opened(measure: &Measure, direction: Direction) -> u8 {
+fn opened(measure: &Measure, direction: Direction, exact: bool) -> u8 {
     const SYN: u8 = 0x02;
     const ACK: u8 = 0x10;
     if measure.later_fragment {
         OPENED_UNKNOWN
     } else if measure.protocol == IPPROTO_UDP {
-        direction.opened(true)
+        if exact { direction.opened(true) } else { OPENED_UNKNOWN }
     } else {
         match measure.tcp_flags & (SYN | ACK) {
             SYN => direction.opened(true),

@@ -1,6 +1,8 @@
 //! The maps. Their names are in `netmon_common::abi::maps`; attributes take literals only, so a test of the
 //! agent compares the two.
 
+use core::arch::asm;
+
 use aya_ebpf::{
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf},
     macros::btf_map,
@@ -79,7 +81,8 @@ static NM_TABLE_LAYOUT: TableLayout = TableLayout { sets: 0, regions: 0, hash_ke
 /// How the tables are laid out.
 #[inline(always)]
 pub fn table_layout() -> *const TableLayout {
-    let layout: *const TableLayout = &raw const NM_TABLE_LAYOUT;
-    // So that the compiler does not see what it points to.
-    core::hint::black_box(layout)
+    let mut layout: *const TableLayout = &raw const NM_TABLE_LAYOUT;
+    // SAFETY: no instruction. So that the compiler does not see what it points to.
+    unsafe { asm!("/* {layout} */", layout = inout(reg) layout, options(nomem, nostack, preserves_flags)) };
+    layout
 }

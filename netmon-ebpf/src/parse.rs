@@ -30,8 +30,8 @@ pub struct Measure {
     pub l3_bytes: u32,
     /// Bytes behind the TCP or UDP header; in a later fragment: behind the IP header.
     pub payload: u32,
-    /// Where the payload starts in the frame.
-    pub payload_at: u32,
+    /// Where the IP header starts in the frame.
+    pub l3_at: u32,
     /// TCP flags; 0 for anything else.
     pub tcp_flags: u8,
     /// A fragment that is not the first one: no ports of its own.
@@ -168,7 +168,7 @@ pub fn plain4<F: Frame, const AT: usize>(frame: &F, start: usize, end: usize) ->
         measure: Measure {
             l3_bytes,
             payload: l3_bytes.checked_sub(header_bytes)?,
-            payload_at: AT as u32 + header_bytes,
+            l3_at: AT as u32,
             tcp_flags,
             protocol,
             ..Measure::default()
@@ -204,7 +204,7 @@ pub fn plain6<F: Frame, const AT: usize>(frame: &F, start: usize, end: usize) ->
         measure: Measure {
             l3_bytes,
             payload: l3_bytes.checked_sub(header_bytes)?,
-            payload_at: AT as u32 + header_bytes,
+            l3_at: AT as u32,
             tcp_flags,
             protocol,
             ..Measure::default()
@@ -375,6 +375,7 @@ fn transport<F: Frame>(frame: &F, at: u32, header_bytes: u32, packet: &mut Packe
     if packet.measure.protocol != IPPROTO_TCP && packet.measure.protocol != IPPROTO_UDP {
         return Some(Parsed::OtherProtocol);
     }
+    packet.measure.l3_at = at;
     let at = at + header_bytes;
     let held = packet.measure.l3_bytes - header_bytes;
     let mut transport_bytes = 0;
@@ -399,7 +400,6 @@ fn transport<F: Frame>(frame: &F, at: u32, header_bytes: u32, packet: &mut Packe
         return None;
     }
     packet.measure.payload = held - transport_bytes;
-    packet.measure.payload_at = at + transport_bytes;
     Some(Parsed::Packet)
 }
 
@@ -409,7 +409,9 @@ pub fn looks_like_quic<F: Frame>(frame: &F, measure: &Measure) -> bool {
     if measure.protocol != IPPROTO_UDP || measure.later_fragment || measure.payload < 5 {
         return false;
     }
-    let Some(start) = frame.bytes::<5>(measure.payload_at) else {
+    // All that is in front of the payload is headers.
+    let payload_at = measure.l3_at + (measure.l3_bytes - measure.payload);
+    let Some(start) = frame.bytes::<5>(payload_at) else {
         return false;
     };
     let version = u32::from_be_bytes([start[1], start[2], start[3], start[4]]);
