@@ -49,6 +49,9 @@ pub struct Flows {
 struct Known {
     /// All that is known of it.
     state: FlowState,
+    /// Who seems to have called, `OPENED_`: whoever opened it, or else the only side that was heard at first. The service is
+    /// told by it, and must not change while both sides talk.
+    caller: u8,
     /// It is in `moved`.
     queued: bool,
     /// The ledger's period in which it was last counted as a flow.
@@ -75,9 +78,11 @@ impl Flows {
             .iter()
             .map(|delta| {
                 let known = self.known.get_mut(&delta.flow);
-                let (opened, hints) =
-                    known.as_ref().map_or((delta.opened, delta.hints), |k| (k.state.opened, k.state.hints));
-                let service = service_of(&delta.flow, opened, hints);
+                let (opened, caller, hints) =
+                    known.as_ref().map_or((delta.opened, caller_of(delta), delta.hints), |k| {
+                        (k.state.opened, k.caller, k.state.hints)
+                    });
+                let service = service_of(&delta.flow, caller, hints);
                 let traffic = traffic_of(delta);
                 match mute_label(delta, service, policy) {
                     Some(label) => {
@@ -115,6 +120,7 @@ impl Flows {
                     opened: delta.opened,
                     ..FlowState::default()
                 },
+                caller: caller_of(delta),
                 queued: false,
                 period: None,
             }),
@@ -125,8 +131,15 @@ impl Flows {
         (state.class, state.label) = (delta.class, delta.label);
         state.tcp_flags |= delta.tcp_flags;
         state.hints |= delta.hints;
-        if state.opened == abi::OPENED_UNKNOWN {
+        // TCP's flags are proof. Of UDP only the very first packet tells, and another CPU's may be read later.
+        let earlier = delta.first_ns < state.first_ns;
+        let proof = delta.flow.protocol == abi::IPPROTO_TCP && state.opened == abi::OPENED_UNKNOWN;
+        if earlier {
+            (state.first_ns, state.ifindex) = (delta.first_ns, delta.ifindex);
+        }
+        if (earlier || proof) && delta.opened != abi::OPENED_UNKNOWN {
             state.opened = delta.opened;
+            known.caller = delta.opened;
         }
         if !std::mem::replace(&mut known.queued, true) {
             self.moved.push_back(delta.flow);
@@ -187,6 +200,16 @@ fn traffic_of(delta: &FlowDelta) -> Traffic {
     }
 }
 
+/// Who seems to have called: the opener, or else, for UDP, the only side that was heard.
+fn caller_of(delta: &FlowDelta) -> u8 {
+    let tcp = delta.flow.protocol == abi::IPPROTO_TCP;
+    match (delta.opened, delta.moved.tx_packets, delta.moved.rx_packets) {
+        (abi::OPENED_UNKNOWN, 1.., 0) if !tcp => abi::OPENED_HERE,
+        (abi::OPENED_UNKNOWN, 0, 1..) if !tcp => abi::OPENED_THERE,
+        (opened, ..) => opened,
+    }
+}
+
 fn opened_of(opened: u8) -> Opened {
     match opened {
         abi::OPENED_HERE => Opened::Here,
@@ -203,7 +226,7 @@ fn key_of(delta: &FlowDelta, service: Service) -> Key {
 
 /// The service is the port of the side that was called. TCP says who called; for UDP the first packet that was
 /// seen may be an answer, so a well-known port (RFC 6335: below 1024) counts more than the order.
-fn service_of(flow: &FlowId, opened: u8, hints: u8) -> Service {
+fn service_of(flow: &FlowId, caller: u8, hints: u8) -> Service {
     let (local, remote) = (flow.local.port(), flow.remote.port());
     let tcp = flow.protocol == abi::IPPROTO_TCP;
     let well_known = |port: u16| port != 0 && port < 1024;
@@ -212,13 +235,13 @@ fn service_of(flow: &FlowId, opened: u8, hints: u8) -> Service {
         (false, true) => Some(remote),
         _ => None,
     };
-    let by_opener = match opened_of(opened) {
+    let by_caller = match opened_of(caller) {
         Opened::Here => Some(remote),
         Opened::There => Some(local),
         Opened::Unknown => None,
     };
     let lower = local.min(remote);
-    let port = if tcp { by_opener.or(by_port) } else { by_port.or(by_opener) }.unwrap_or(lower);
+    let port = if tcp { by_caller.or(by_port) } else { by_port.or(by_caller) }.unwrap_or(lower);
     match (tcp, hints & abi::HINT_QUIC != 0) {
         (true, _) => Service::Tcp(port),
         (false, true) => Service::Quic(port),
@@ -322,6 +345,37 @@ mod tests {
         let activity = only_activity(look(&mut flows, &policy, &mut [later]));
         assert_eq!(activity.key, Key::Internet("198.51.100.10".parse().unwrap(), Service::Quic(443)));
         assert_eq!(activity.opened, Opened::Here);
+    }
+
+    #[test]
+    fn an_earlier_first_packet_that_is_read_later_tells_the_opener() {
+        let (mut flows, policy) = (Flows::default(), Policy::default());
+        let talk = flow("10.0.0.1:40000", "198.51.100.10:9000", abi::IPPROTO_UDP);
+        let answer =
+            FlowDelta { opened: abi::OPENED_THERE, ..delta(talk, abi::CLASS_INTERNET, 2 * S, 2 * S, 1) };
+        look(&mut flows, &policy, &mut [answer]);
+        let question = FlowDelta { ifindex: 7, ..delta(talk, abi::CLASS_INTERNET, S, S, 1) };
+        let activity = only_activity(look(&mut flows, &policy, &mut [question]));
+        assert_eq!((activity.opened, activity.service), (Opened::Here, Service::Udp(9000)));
+        let (_, state) = flows.next_moved().unwrap();
+        assert_eq!((state.first_ns, state.ifindex), (S, 7));
+    }
+
+    #[test]
+    fn a_udp_flow_of_unknown_opener_stays_so_and_its_service_is_told_by_the_side_that_was_heard() {
+        let (mut flows, policy) = (Flows::default(), Policy::default());
+        let talk = flow("10.0.0.1:1024", "198.51.100.10:9000", abi::IPPROTO_UDP);
+        let crowded = FlowDelta { opened: abi::OPENED_UNKNOWN, ..delta(talk, abi::CLASS_INTERNET, S, S, 1) };
+        let activity = only_activity(look(&mut flows, &policy, &mut [crowded]));
+        assert_eq!((activity.opened, activity.service), (Opened::Unknown, Service::Udp(9000)));
+        // The answer had an exact clock, but was not the first packet.
+        let answer = FlowDelta {
+            opened: abi::OPENED_THERE,
+            moved: kernel::Moved { rx_packets: 1, ..kernel::Moved::default() },
+            ..delta(talk, abi::CLASS_INTERNET, 2 * S, 2 * S, 1)
+        };
+        let activity = only_activity(look(&mut flows, &policy, &mut [answer]));
+        assert_eq!((activity.opened, activity.service), (Opened::Unknown, Service::Udp(9000)));
     }
 
     #[test]

@@ -86,7 +86,7 @@ impl Cpu {
         const PAUSE_NS: u64 = 10_000_000;
         // SAFETY: as above.
         unsafe {
-            let may = now_ns.wrapping_sub((*self.state).woken_ns) >= PAUSE_NS;
+            let may = now_ns.saturating_sub((*self.state).woken_ns) >= PAUSE_NS;
             if may {
                 (*self.state).woken_ns = now_ns;
             }

@@ -46,8 +46,6 @@ impl Direction {
 
 /// Silence in ticks, as `Counts::last_tick` is.
 const SILENCE_TICKS: u32 = (SILENCE_NS / TICK_NS) as u32;
-/// At least a jiffy in ticks: ten milliseconds on the slowest kernels.
-const JIFFY_TICKS: u32 = 16;
 
 /// Keeps the compiler from moving writes from one side of it to the other.
 #[inline(always)]
@@ -87,8 +85,11 @@ pub fn count<F: Frame, K: Key>(
     }
     // Copies, for the subprograms to point to: the originals stay in registers.
     let (key, measure) = (*key, *measure);
+    // Before the tries are asked: what they say may be old by the time it is written down.
+    let generation = cpu.generation() as u8;
     let class = key.classify(measure.group_frame);
-    take_slot(cpu.number, frame, &key, &measure, Place { index, home, direction, class }.packed())
+    let place = Place { index, home, direction, class, generation };
+    take_slot(cpu.number, frame, &key, &measure, place.packed())
 }
 
 /// Where a flow is to be put, and what it is. A subprogram takes five arguments, and this is one of them.
@@ -99,7 +100,12 @@ struct Place {
     home: usize,
     direction: Direction,
     class: Class,
+    /// Lowest byte of the generation of `class`.
+    generation: u8,
 }
+
+/// `CLASS_` constants fit into these bits.
+const CLASSES: u8 = 0x1f;
 
 impl Place {
     #[inline(always)]
@@ -107,7 +113,8 @@ impl Place {
         u64::from(self.index)
             | (self.direction as u64) << 32
             | (self.home as u64) << 33
-            | u64::from(self.class.class) << 40
+            | u64::from(self.class.class & CLASSES) << 35
+            | u64::from(self.generation) << 40
             | u64::from(self.class.label) << 48
     }
 
@@ -117,7 +124,8 @@ impl Place {
             index: packed as u32,
             home: (packed >> 33) as usize % WAYS,
             direction: if packed >> 32 & 1 == 0 { Direction::Sent } else { Direction::Received },
-            class: Class { class: (packed >> 40) as u8, label: (packed >> 48) as u16 },
+            class: Class { class: (packed >> 35) as u8 & CLASSES, label: (packed >> 48) as u16 },
+            generation: (packed >> 40) as u8,
         }
     }
 }
@@ -166,8 +174,7 @@ fn update<F: Frame, K: Key>(
     unsafe {
         let tick = (now_ns >> TICK_SHIFT) as u32;
         let silent = tick.wrapping_sub((*counts).last_tick);
-        // The jiffy's clock may be behind the exact one that the first packet was stamped with.
-        if silent != 0 && silent <= u32::MAX - JIFFY_TICKS {
+        if silent != 0 {
             (*counts).last_tick = tick;
             touch::<K>(set, now_ns);
             if silent >= SILENCE_TICKS
@@ -208,7 +215,7 @@ fn update<F: Frame, K: Key>(
             (*counts).generation = generation;
         }
 
-        let segments = frame.segments();
+        let segments = frame.segments(measure.l3_bytes, measure.payload);
         match direction {
             Direction::Sent => {
                 (*counts).tx_bytes += u64::from(measure.l3_bytes);
@@ -231,7 +238,7 @@ fn update<F: Frame, K: Key>(
 /// Its own subprogram: it happens once a flow, and needs much stack.
 #[inline(never)]
 fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, place: u64) -> bool {
-    let Place { index, home, direction, class: Class { class, label } } = Place::unpacked(place);
+    let Place { index, home, direction, class: Class { class, label }, generation } = Place::unpacked(place);
     let Some(cpu) = Cpu::of(cpu) else {
         return false;
     };
@@ -257,7 +264,9 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
         diagnostics::handed_over(number, K::FAMILY);
     }
 
-    let generation = cpu.generation();
+    // Another one than the class was looked up by: the next packet looks again.
+    let current = cpu.generation();
+    let generation = if current as u8 == generation { current } else { current.wrapping_sub(1) };
     touch::<K>(index, now_ns);
     let opened = opened(measure, direction, !crowded);
     let mut hints = if measure.later_fragment { HINT_FRAGMENTS } else { 0 };
@@ -265,8 +274,11 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
         hints |= HINT_QUIC;
     }
     let ifindex = frame.ifindex();
-    let (bytes, payload, segments) =
-        (u64::from(measure.l3_bytes), u64::from(measure.payload), frame.segments());
+    let (bytes, payload, segments) = (
+        u64::from(measure.l3_bytes),
+        u64::from(measure.payload),
+        frame.segments(measure.l3_bytes, measure.payload),
+    );
     let sent = direction == Direction::Sent;
 
     // Field by field, here and below: a whole value would be put together on the stack.
@@ -315,8 +327,7 @@ fn longest_silent<K: Key>(set: *mut K::Slot, lives: *mut Life, home: usize, tick
         if incarnation == 0 {
             return (way, true);
         }
-        // The clock of the jiffy may be behind a first packet's.
-        let silent = tick.wrapping_add(JIFFY_TICKS).wrapping_sub(last_tick);
+        let silent = tick.wrapping_sub(last_tick);
         if silent > longest {
             (choice, longest) = (way, silent);
         }

@@ -13,8 +13,8 @@ pub trait Frame {
     fn len(&self) -> u32;
     /// Interface that the frame arrives at or leaves by.
     fn ifindex(&self) -> u32;
-    /// Packets on the wire: above 1 for a GSO or GRO super-packet.
-    fn segments(&self) -> u32;
+    /// Packets on the wire: above 1 for a GSO or GRO super-packet. The lengths are those of [`crate::parse::Measure`].
+    fn segments(&self, l3_bytes: u32, payload: u32) -> u32;
     /// Where the frame's linear part starts and ends: its headers, nearly always. A program may read there as far as it
     /// has compared with the end.
     fn linear(&self) -> (usize, usize);
@@ -58,10 +58,23 @@ impl Frame for SkbFrame<'_> {
     }
 
     #[inline(always)]
-    fn segments(&self) -> u32 {
+    fn segments(&self, l3_bytes: u32, payload: u32) -> u32 {
+        /// Longer packets than Ethernet's are few, or super-packets.
+        const ETHERNET_MTU: u32 = 1500;
         // SAFETY: as above.
         let segments = unsafe { (*self.0.skb.skb).gso_segs };
-        if segments == 0 { 1 } else { segments }
+        if segments != 0 {
+            return segments;
+        }
+        if l3_bytes <= ETHERNET_MTU {
+            return 1;
+        }
+        // Virtual devices (virtio-net, tap) tell the segments' size, and leave their number to whoever needs it.
+        // SAFETY: as above.
+        match unsafe { (*self.0.skb.skb).gso_size } {
+            0 => 1,
+            size => payload.div_ceil(size).max(1),
+        }
     }
 
     #[inline(always)]
@@ -95,7 +108,7 @@ impl Frame for XdpFrame<'_> {
     }
 
     #[inline(always)]
-    fn segments(&self) -> u32 {
+    fn segments(&self, _l3_bytes: u32, _payload: u32) -> u32 {
         1
     }
 

@@ -35,7 +35,7 @@ use netmon_common::{
 
 use self::{
     flows::{Record, ShownKey},
-    table::{Mapping, Scope, Shared, Table},
+    table::{Mapping, RingPositions, Scope, Shared, Table},
 };
 
 mod attach;
@@ -126,7 +126,7 @@ pub struct Sizes {
 
 impl Sizes {
     /// What a PC's settings may say of [`Self::flows`]. Less than the least is rounded up on most PCs, whose CPUs have 64
-    /// each; the most is 512 MiB for each table.
+    /// each; the most is a GiB for both tables in the kernel, and 400 MiB of what was read in the agent.
     pub const FLOWS: RangeInclusive<u64> = 1_024..=4_194_304;
 }
 
@@ -237,6 +237,7 @@ pub struct Kernel {
     /// Of the prefixes in the tries.
     generation: u32,
     events: RingBuf<MapData>,
+    positions: RingPositions,
     /// Most records that the ring can hold.
     ring_records: usize,
     /// Records of the ring buffer that make no sense.
@@ -359,6 +360,7 @@ impl Kernel {
             cpus,
             stats: Arc::new(stats),
             generation: 0,
+            positions: RingPositions::new(ring.as_fd()).map_err(memory_error(maps::EVENTS))?,
             events: ring,
             refused_records: 0,
             swept_ns: 0,
@@ -504,10 +506,13 @@ impl Kernel {
     fn sweep_scope(&mut self, scope: Scope, now_ns: u64, out: &mut Vec<FlowDelta>) {
         self.table4.read(&self.tables, scope, now_ns, out);
         self.table6.read(&self.tables, scope, now_ns, out);
-        // What has changed hands is in the ring by now, within the next so many records.
+        // A slot that has changed hands had its record reserved before. Those that are held up come with the next sweep.
+        let written = self.positions.written();
         self.take_records(now_ns, out);
-        self.table4.read_changed(&self.tables, now_ns, out);
-        self.table6.read_changed(&self.tables, now_ns, out);
+        if self.positions.taken() >= written {
+            self.table4.read_changed(&self.tables, now_ns, out);
+            self.table6.read_changed(&self.tables, now_ns, out);
+        }
     }
 
     /// Empties the ring buffer: appends what flows that lost their slots had moved, and returns how many flows were

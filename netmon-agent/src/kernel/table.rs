@@ -10,15 +10,23 @@
 //! * What was read is told to the program: the packets' word, then the incarnation. If both are still the slot's, the flow
 //!   may be replaced without a record.
 //!
+//! * A record counts as read to the end, for the slot may still show its flow; and a slot that shows another one is not read
+//!   before everything that was in the ring by then was taken, for another CPU's unfinished record may hold up the one that is
+//!   missing.
+//!
 //! So every count arrives once: as the difference between two readings, or between the last reading and the record. All of
 //! this rests on stores and loads of different CPUs being seen in program order, as on x86-64.
 
 use std::{
+    collections::BTreeSet,
     io,
     os::fd::{AsFd as _, BorrowedFd},
     ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("the flow tables are read without locks in a way that is exact on x86-64 alone");
 
 use aya::maps::MapData;
 use netmon_common::abi::{
@@ -48,15 +56,13 @@ impl Mapping {
         let info = map.info().map_err(io::Error::other)?;
         let value = (info.value_size() as usize).next_multiple_of(8);
         let bytes = value * info.max_entries() as usize;
-        Self::map(map.fd().as_fd(), bytes)
+        Self::map(map.fd().as_fd(), bytes, ProtFlags::READ | ProtFlags::WRITE)
     }
 
-    fn map(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<Self> {
+    fn map(fd: BorrowedFd<'_>, bytes: usize, access: ProtFlags) -> io::Result<Self> {
         let bytes = bytes.next_multiple_of(rustix::param::page_size());
         // SAFETY: a new mapping, at a place that the kernel chooses.
-        let start = unsafe {
-            mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, 0)?
-        };
+        let start = unsafe { mmap(std::ptr::null_mut(), bytes, access, MapFlags::SHARED, fd, 0)? };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         Ok(Self { start, bytes })
     }
@@ -80,6 +86,27 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: mapped by `map`, and every reference into it lives shorter than `self`.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
+    }
+}
+
+/// How far a ring buffer was written and read: bytes since its beginning, in the first two pages of its mapping (kernel 5.8,
+/// kernel/bpf/ringbuf.c).
+pub(super) struct RingPositions(Mapping);
+
+impl RingPositions {
+    /// Of a ring buffer map.
+    pub fn new(ring: BorrowedFd<'_>) -> io::Result<Self> {
+        Mapping::map(ring, 2 * rustix::param::page_size(), ProtFlags::READ).map(Self)
+    }
+
+    /// Everything in front of this was reserved, if not yet submitted.
+    pub fn written(&self) -> u64 {
+        self.0.word(rustix::param::page_size() / 8).load(Ordering::Acquire)
+    }
+
+    /// Everything in front of this was taken.
+    pub fn taken(&self) -> u64 {
+        self.0.word(0).load(Ordering::Acquire)
     }
 }
 
@@ -165,8 +192,8 @@ pub(super) struct Table<L> {
     regions: usize,
     first_region: usize,
     seen: Vec<Seen>,
-    /// Slots that changed hands between two readings.
-    changed: Vec<usize>,
+    /// Slots that changed hands between two readings, and whose last record has perhaps not come yet.
+    changed: BTreeSet<usize>,
     layout: std::marker::PhantomData<L>,
 }
 
@@ -182,7 +209,7 @@ impl<L: Layout> Table<L> {
             first_region,
             // All zero: takes memory where flows were read, no sooner.
             seen: vec![Seen::default(); regions * REGION_SLOTS],
-            changed: Vec::new(),
+            changed: BTreeSet::new(),
             layout: std::marker::PhantomData,
         })
     }
@@ -197,40 +224,46 @@ impl<L: Layout> Table<L> {
             };
             if look {
                 for slot in region * REGION_SLOTS..(region + 1) * REGION_SLOTS {
-                    self.read_slot(shared, slot, now_ns, out);
+                    self.read_slot(shared, slot, false, now_ns, out);
                 }
             }
         }
     }
 
-    /// Reads the slots that had changed hands. To be called when the ring was emptied after that was noticed: it had what
-    /// was missing of the flows before.
+    /// Reads the slots that had changed hands. To be called when all records have been taken that were in the ring when that
+    /// was noticed: they had what was missing of the flows before.
     pub fn read_changed(&mut self, shared: &Shared, now_ns: u64, out: &mut Vec<FlowDelta>) {
         for slot in std::mem::take(&mut self.changed) {
-            if let Some(seen) = self.seen.get_mut(slot) {
-                *seen = Seen::default();
-            }
-            self.read_slot(shared, slot, now_ns, out);
+            self.read_slot(shared, slot, true, now_ns, out);
         }
     }
 
-    /// Takes in a record of this table.
+    /// Takes in a record of this table. False: it is of no slot.
+    ///
+    /// The slot may still show the flow that the record is of: the record comes first. So it counts as read, to the end.
     pub fn take_evicted(&mut self, evicted: &Evicted, now_ns: u64, out: &mut Vec<FlowDelta>) -> bool {
         let Some(seen) = self.seen.get_mut(evicted.slot as usize) else {
             return false;
         };
         let (slot, life) = (L::of(evicted.words), life_of(evicted.life));
-        let before = if seen.incarnation == life.incarnation {
-            std::mem::take(seen)
-        } else {
-            // Never read; what was read is of a flow before or behind it.
-            Seen::default()
-        };
+        let ahead = life.incarnation.wrapping_sub(seen.incarnation).cast_signed();
+        let before = if ahead == 0 { *seen } else { Seen::default() };
         out.extend(delta(&slot, &life, &before, now_ns));
+        if seen.incarnation == 0 || ahead >= 0 {
+            *seen = seen_of(&slot, &life);
+        }
         true
     }
 
-    fn read_slot(&mut self, shared: &Shared, slot: usize, now_ns: u64, out: &mut Vec<FlowDelta>) {
+    /// `settled`: whatever flow the slot had before, all of it was taken in.
+    fn read_slot(
+        &mut self,
+        shared: &Shared,
+        slot: usize,
+        settled: bool,
+        now_ns: u64,
+        out: &mut Vec<FlowDelta>,
+    ) {
         let Some(seen) = self.seen.get_mut(slot) else {
             return;
         };
@@ -245,8 +278,11 @@ impl<L: Layout> Table<L> {
             return;
         }
         if seen.incarnation != 0 && seen.incarnation != before {
-            self.changed.push(slot);
-            return;
+            if !settled {
+                self.changed.insert(slot);
+                return;
+            }
+            *seen = Seen::default();
         }
         let counted = packets.load(Ordering::Acquire);
         if seen.incarnation == before && counted == packets_word(seen.tx_packets, seen.rx_packets) {
@@ -263,7 +299,7 @@ impl<L: Layout> Table<L> {
         if incarnation.load(Ordering::Relaxed) != before {
             // It changes hands at this moment. The region is written to just now, so the next sweep comes here again.
             if seen.incarnation != 0 {
-                self.changed.push(slot);
+                self.changed.insert(slot);
             }
             return;
         }
@@ -408,5 +444,140 @@ mod tests {
         wrapped.counts.tx_bytes = (u64::from(u32::MAX) + 5) * 100;
         let delta = delta(&wrapped, &LIFE, &seen, NOW).unwrap();
         assert_eq!((delta.moved.tx_packets, delta.moved.tx_bytes), (5, 500));
+    }
+
+    /// A table in memory of the test's own, and the program's hand on it.
+    struct Hand {
+        table: Table<Slot4>,
+        shared: Shared,
+    }
+
+    /// The slot that is written to.
+    const SLOT: usize = 5;
+
+    impl Hand {
+        fn new() -> Self {
+            let mapping = |bytes: usize| {
+                let memory =
+                    rustix::fs::memfd_create("netmon-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+                rustix::fs::ftruncate(&memory, bytes as u64).unwrap();
+                Mapping::map(memory.as_fd(), bytes, ProtFlags::READ | ProtFlags::WRITE).unwrap()
+            };
+            let slots = 4096 * 8;
+            let table = Table {
+                slots: mapping(slots),
+                regions: 1,
+                first_region: 0,
+                seen: vec![Seen::default(); REGION_SLOTS],
+                changed: BTreeSet::new(),
+                layout: std::marker::PhantomData,
+            };
+            let shared = Shared { touched: mapping(8), lives: mapping(slots) };
+            shared.touched.word(0).store(NOW, Ordering::Relaxed);
+            Self { table, shared }
+        }
+
+        /// The slot has so many packets of this incarnation.
+        fn write(&self, incarnation: u32, packets: u32) {
+            let record = record(incarnation, packets);
+            for (index, word) in record.words[..Slot4::WORDS].iter().enumerate() {
+                self.table.slots.word(SLOT * Slot4::WORDS + index).store(*word, Ordering::Relaxed);
+            }
+            for (index, word) in record.life.iter().enumerate() {
+                self.shared.lives.word(SLOT * LIFE_WORDS + index).store(*word, Ordering::Relaxed);
+            }
+        }
+
+        fn read(&mut self) -> u64 {
+            let mut out = Vec::new();
+            self.table.read(&self.shared, Scope::Everything, NOW, &mut out);
+            sum(&out)
+        }
+
+        fn read_changed(&mut self) -> u64 {
+            let mut out = Vec::new();
+            self.table.read_changed(&self.shared, NOW, &mut out);
+            sum(&out)
+        }
+
+        fn take(&mut self, incarnation: u32, packets: u32) -> u64 {
+            let mut out = Vec::new();
+            assert!(self.table.take_evicted(&record(incarnation, packets), NOW, &mut out));
+            sum(&out)
+        }
+    }
+
+    fn sum(deltas: &[FlowDelta]) -> u64 {
+        deltas.iter().map(|delta| delta.moved.tx_packets).sum()
+    }
+
+    fn record(incarnation: u32, packets: u32) -> Evicted {
+        let mut words = [0; SLOT_WORDS];
+        // SAFETY: integers without padding, of this many words.
+        let slot: [u64; Slot4::WORDS] = unsafe { std::mem::transmute(slot(packets, NOW)) };
+        words[..Slot4::WORDS].copy_from_slice(&slot);
+        // SAFETY: as above; no padding (the border proves its size).
+        let life = unsafe { std::mem::transmute::<Life, [u64; LIFE_WORDS]>(Life { incarnation, ..LIFE }) };
+        Evicted { slot: SLOT as u32, family: 4, words, life }
+    }
+
+    #[test]
+    fn a_record_that_is_taken_while_its_slot_still_shows_the_flow_counts_once() {
+        for read_before in [false, true] {
+            let mut hand = Hand::new();
+            hand.write(1, 50);
+            let mut counted = if read_before { hand.read() } else { 0 };
+            hand.write(1, 70);
+            counted += hand.take(1, 70);
+            counted += hand.read() + hand.read_changed();
+            assert_eq!(counted, 70);
+            hand.write(2, 5);
+            counted += hand.read() + hand.read_changed() + hand.read();
+            assert_eq!(counted, 75);
+        }
+    }
+
+    #[test]
+    fn a_record_that_comes_a_sweep_late_finds_what_was_read_of_its_flow() {
+        let mut hand = Hand::new();
+        hand.write(1, 50);
+        let mut counted = hand.read();
+        hand.write(2, 3);
+        // The record is held up behind another CPU's: what has changed hands waits, over two sweeps.
+        counted += hand.read() + hand.read();
+        assert_eq!(counted, 50);
+        counted += hand.take(1, 70);
+        counted += hand.read_changed();
+        assert_eq!(counted, 73);
+        assert_eq!(hand.read() + hand.read_changed(), 0);
+    }
+
+    #[test]
+    fn a_flow_that_was_never_read_comes_with_its_record_whenever_that_is() {
+        let mut hand = Hand::new();
+        // Incarnation 1 came and went unread; 2 is read before 1's record is taken.
+        hand.write(2, 3);
+        let mut counted = hand.read();
+        counted += hand.take(1, 70);
+        hand.write(2, 4);
+        counted += hand.read() + hand.read_changed();
+        assert_eq!(counted, 74);
+        // Two changes of hands between two readings.
+        hand.write(4, 9);
+        counted += hand.read() + hand.take(2, 6) + hand.take(3, 8) + hand.read_changed();
+        assert_eq!(counted, 70 + 6 + 8 + 9);
+    }
+
+    #[test]
+    fn a_slot_that_was_given_away_without_a_record_is_read_on() {
+        let mut hand = Hand::new();
+        hand.write(1, 50);
+        let mut counted = hand.read();
+        hand.write(2, 3);
+        counted += hand.read() + hand.read_changed();
+        assert_eq!(counted, 53);
+        // Incarnations wrap, and 0 is none of them.
+        hand.write(0, 3);
+        assert_eq!(hand.read() + hand.read_changed(), 0);
     }
 }

@@ -1,5 +1,6 @@
 //! One frame at a time: what is counted where, and what is refused.
 
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use netmon_common::abi::{
     CLASS_GROUP, CLASS_INTERNET, CLASS_LAN, CLASS_MUTED, FlowState, HINT_FRAGMENTS, HINT_QUIC, OPENED_HERE,
     OPENED_THERE, OPENED_UNKNOWN, Stats, programs,
@@ -369,4 +370,28 @@ fn refilled_prefixes_classify_running_flows_again_at_their_next_packet() {
     assert_eq!(change, netmon_agent::kernel::PrefixChange::default());
     assert_eq!(bench.opened().len(), 1, "a new class is not a new flow");
     assert_eq!(bench.flow().1.tx_packets, 3);
+}
+
+/// What the kernel says of a packet beside its bytes: a `struct __sk_buff` (include/uapi/linux/bpf.h) of zeros but for these.
+fn context(gso_segs: u32, gso_size: u32) -> Vec<u8> {
+    let mut context = vec![0; 192];
+    context[164..168].copy_from_slice(&gso_segs.to_ne_bytes());
+    context[176..180].copy_from_slice(&gso_size.to_ne_bytes());
+    context
+}
+
+#[test]
+fn a_super_packet_counts_its_segments_also_where_only_their_size_is_told() {
+    for (segments, size, packets) in [(0, 0, 1), (3, 1448, 3), (0, 1448, 3), (0, 3000, 1), (0, 2999, 2)] {
+        let mut bench = Bench::new();
+        let pin = bench.pin(programs::TC_EGRESS);
+        bench.host.run(move || {
+            let (frame, context) = (tcp_out(ACK, &[7; 3000]), context(segments, size));
+            let options =
+                TestRunOptions { data_in: Some(&frame), ctx_in: Some(&context), ..TestRunOptions::default() };
+            SchedClassifier::from_pin(pin).unwrap().test_run(options).unwrap();
+        });
+        let (_, state) = bench.flow();
+        assert_eq!((state.tx_packets, state.tx_payload), (packets, 3000), "{segments} of {size}");
+    }
 }

@@ -40,6 +40,8 @@ impl Objects {
 /// The kernel's lists, as `bpftool` shows them.
 #[derive(Debug)]
 pub struct Kernel {
+    /// Everything that is there.
+    pub all: Objects,
     /// Everything that is netmon's by its name, whoever has loaded it.
     pub netmon: Objects,
     /// Maps of each program.
@@ -54,14 +56,16 @@ impl Kernel {
             let netmon = |item: &&Value| item["name"].as_str().is_some_and(|name| name.starts_with("nm_"));
             list.iter().filter(netmon).map(|item| id(item, "id")).collect()
         };
-        let programs = bpftool("prog");
+        let every = |list: &[Value]| list.iter().map(|item| id(item, "id")).collect();
+        let (programs, maps) = (bpftool("prog"), bpftool("map"));
         let maps_of = programs.iter().map(|program| {
             let maps = program["map_ids"].as_array().into_iter().flatten();
             (id(program, "id"), maps.filter_map(Value::as_u64).collect())
         });
         let links = bpftool("link");
         Self {
-            netmon: Objects { programs: named(&programs), maps: named(&bpftool("map")) },
+            all: Objects { programs: every(&programs), maps: every(&maps) },
+            netmon: Objects { programs: named(&programs), maps: named(&maps) },
             maps_of: maps_of.collect(),
             links: links.iter().map(|link| (id(link, "id"), id(link, "prog_id"))).collect(),
         }
