@@ -202,7 +202,8 @@ fn command(cli: Cli) -> Result<ExitCode> {
             }
             speak(config.log.kernel);
             let paths = Paths { state: state_dir, log: log_dir, runtime: runtime_dir };
-            runtime()?.block_on(run::run(config, paths))?;
+            // As a task: whoever drives the timers runs it, too. From here each timer would wake two threads.
+            runtime()?.block_on(async { tokio::spawn(run::run(config, paths)).await })??;
             Ok(ExitCode::SUCCESS)
         }
         Command::Enroll { token_file, seat, replace } => {

@@ -190,7 +190,7 @@ impl Watch {
 
     /// Boot time at which [`Watch::due`] wants to be called.
     pub fn due_ns(&self) -> u64 {
-        self.timers.next_sweep.min(self.timers.next_second)
+        self.timers.next_sweep
     }
 
     /// The ring has records: new flows, whose counters are in the tables, so that these are to be swept soon; or what flows
@@ -232,7 +232,8 @@ impl Watch {
         if now.boot_ns >= self.timers.next_sweep {
             self.sweep(now);
         }
-        if now.boot_ns >= self.timers.next_second {
+        // With the sweep that is nearest: each wake-up costs more than what is done in it.
+        if now.boot_ns + SWEEP_NS / 2 >= self.timers.next_second {
             self.timers.next_second = now.boot_ns + SECOND_NS;
             self.poll_filter(now);
             self.interfaces.retry(now, &mut self.kernel, &mut self.recorder);

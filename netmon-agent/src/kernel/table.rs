@@ -169,6 +169,13 @@ struct Seen {
     rx_payload: u64,
 }
 
+/// Nothing was read of so many slots. Takes memory where flows are read, no sooner.
+fn unseen(slots: usize) -> Box<[Seen]> {
+    let seen = Box::new_zeroed_slice(slots);
+    // SAFETY: integers only, so zeros are a value.
+    unsafe { seen.assume_init() }
+}
+
 /// How much of a table to look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Scope {
@@ -191,7 +198,7 @@ pub(super) struct Table<L> {
     slots: Mapping,
     regions: usize,
     first_region: usize,
-    seen: Vec<Seen>,
+    seen: Box<[Seen]>,
     /// Slots that changed hands between two readings, and whose last record has perhaps not come yet.
     changed: BTreeSet<usize>,
     layout: std::marker::PhantomData<L>,
@@ -207,8 +214,7 @@ impl<L: Layout> Table<L> {
             slots: Mapping::new(map)?,
             regions,
             first_region,
-            // All zero: takes memory where flows were read, no sooner.
-            seen: vec![Seen::default(); regions * REGION_SLOTS],
+            seen: unseen(regions * REGION_SLOTS),
             changed: BTreeSet::new(),
             layout: std::marker::PhantomData,
         })
@@ -468,7 +474,7 @@ mod tests {
                 slots: mapping(slots),
                 regions: 1,
                 first_region: 0,
-                seen: vec![Seen::default(); REGION_SLOTS],
+                seen: unseen(REGION_SLOTS),
                 changed: BTreeSet::new(),
                 layout: std::marker::PhantomData,
             };
