@@ -19,6 +19,7 @@ pub mod recorder;
 pub mod run;
 pub mod spool;
 pub mod status;
+pub mod timer;
 pub mod transfers;
 pub mod uplink;
 pub mod usb;

@@ -21,6 +21,7 @@ use crate::kernel::{self, Kernel, LoadOptions, Sizes};
 use crate::links::{self, Choice, Link};
 use crate::recorder::Recorder;
 use crate::spool::{Limits, Spool, SpoolHandle};
+use crate::timer::BootTimer;
 use crate::uplink::{self, Introduction, UplinkStatus};
 use crate::usb::{self, UsbOutput, UsbWatch};
 use crate::watch::{Start, Watch};
@@ -131,11 +132,15 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     })?;
     watch.links(&Now::read(), present);
 
+    let mut timer = BootTimer::new().context("cannot make a timer")?;
+
     loop {
-        let due = Duration::from_nanos(watch.due_ns().saturating_sub(Now::read().boot_ns));
         let wake = tokio::select! {
             () = stop.received() => Wake::Stop,
-            () = tokio::time::sleep(due) => Wake::Due,
+            due = timer.reached(watch.due_ns()) => {
+                due.context("cannot wait for the next sweep")?;
+                Wake::Due
+            }
             output = usb.next() => Wake::Usb(output),
             Some(links) = links.recv() => Wake::Links(links),
             // An error means that the runtime ends; the sweeps empty the ring as well.

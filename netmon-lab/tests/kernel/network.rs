@@ -275,14 +275,21 @@ fn a_clean_end_leaves_the_interface_as_it_was() {
             })
         };
         let before = state(&pair.a);
+        // Another test that starts a command holds copies of all descriptors for a moment, those of links among them.
+        let is_as_before = |end: &str| {
+            eventually(|| {
+                let now = state(&pair.a);
+                if now == before { Ok(()) } else { Err(format!("{end}: {now:?}, before: {before:?}")) }
+            });
+        };
         let (kernel, _) = watch(&pair.a, mode, tc);
         assert_ne!(state(&pair.a), before);
         kernel.shutdown().unwrap();
-        assert_eq!(state(&pair.a), before);
+        is_as_before("a clean end");
         let (kernel, _) = watch(&pair.a, mode, tc);
         assert_ne!(state(&pair.a), before);
         drop(kernel);
-        assert_eq!(state(&pair.a), before, "an agent that returns with an error");
+        is_as_before("an agent that returns with an error");
     }
 }
 
