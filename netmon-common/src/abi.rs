@@ -14,7 +14,7 @@ pub mod maps {
     pub const TABLE6: &str = "nm_table6";
     /// Where the flows in the slots come from: array of [`super::Lives`], IPv4's sets, then IPv6's.
     pub const LIVES: &str = "nm_lives";
-    /// When a region of a table was last written to: array of boot times in nanoseconds; IPv4's regions, then IPv6's.
+    /// When a region of a table was last written to: array of [`super::Touched`]; IPv4's regions, then IPv6's.
     pub const TOUCHED: &str = "nm_touched";
     /// Ports of datagrams whose first fragment was seen (LRU hash): [`super::FragmentKey`] → [`super::FragmentPorts`].
     pub const FRAGMENTS: &str = "nm_fragments";
@@ -60,8 +60,8 @@ pub mod programs {
 /// A flow is in a new burst when its last packet is this old: the two seconds of silence that end a transfer.
 pub const SILENCE_NS: u64 = 2_000_000_000;
 
-/// Slots in each of the two flow tables, over all CPUs (4 and 6 MiB, and 2.5 MiB each of [`Lives`]). A PC has some hundreds of flows; what finds no
-/// slot takes that of the flow that was silent for longest, whose counts are handed over.
+/// Slots in each of the two flow tables, over all CPUs (4 and 6 MiB, and 2 MiB each of [`Lives`]). A PC has some hundreds
+/// of flows; what finds no slot takes that of the flow that was silent for longest, whose counts are handed over.
 pub const MAX_FLOWS: usize = 65_536;
 /// Slots in a set. A flow may be in any slot of the one set that its hash names.
 pub const WAYS: usize = 4;
@@ -190,9 +190,10 @@ pub struct Counts {
     pub tx_bytes: u64,
     /// As in [`FlowState`].
     pub rx_bytes: u64,
-    /// As in [`FlowState`].
+    /// Lower [`PAYLOAD_BITS`]: as in [`FlowState`], modulo 2^48. Above: lower half of the burst's tick, see
+    /// [`Self::burst_tick`].
     pub tx_payload: u64,
-    /// As in [`FlowState`].
+    /// As `tx_payload`, above: upper half of the burst's tick.
     pub rx_payload: u64,
     /// Last packet, boot clock, in ticks of [`TICK_NS`]; wraps.
     pub last_tick: u32,
@@ -208,6 +209,42 @@ pub struct Counts {
     pub rx_packets: u32,
 }
 
+/// Bits of [`Counts::tx_payload`] and [`Counts::rx_payload`] that count payload. What is above would be stored in a line of
+/// its own otherwise, which a table of a million flows would have to fetch from memory for every burst.
+pub const PAYLOAD_BITS: u32 = 48;
+const PAYLOAD: u64 = (1 << PAYLOAD_BITS) - 1;
+
+impl Counts {
+    /// Both payload counters in the place of these two, in a burst that began at this tick.
+    #[inline(always)]
+    pub const fn payloads(tx: u64, rx: u64, burst_tick: u32) -> (u64, u64) {
+        let (lower, upper) = (burst_tick as u64 & 0xffff, burst_tick as u64 >> 16);
+        (tx & PAYLOAD | lower << PAYLOAD_BITS, rx & PAYLOAD | upper << PAYLOAD_BITS)
+    }
+
+    /// Did the flow carry payload (or a multiple of 2^48 bytes in both directions)?
+    #[inline(always)]
+    pub const fn carried_payload(&self) -> bool {
+        (self.tx_payload | self.rx_payload) & PAYLOAD != 0
+    }
+
+    /// First packet after the latest silence of [`SILENCE_NS`], or of all, in ticks of [`TICK_NS`]; wraps. Each 2^48 bytes of
+    /// payload in one burst shift it: nobody looks at it any more by then.
+    pub const fn burst_tick(&self) -> u32 {
+        (self.tx_payload >> PAYLOAD_BITS) as u32 | ((self.rx_payload >> PAYLOAD_BITS) as u32) << 16
+    }
+
+    /// Payload bytes sent since another reading.
+    pub const fn tx_payload_since(&self, before: u64) -> u64 {
+        self.tx_payload.wrapping_sub(before) & PAYLOAD
+    }
+
+    /// Payload bytes received since another reading.
+    pub const fn rx_payload_since(&self, before: u64) -> u64 {
+        self.rx_payload.wrapping_sub(before) & PAYLOAD
+    }
+}
+
 /// Where a flow in a slot comes from, and how much of it was read.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -218,8 +255,6 @@ pub struct Life {
     pub ifindex: u32,
     /// First packet, boot clock, nanoseconds.
     pub first_ns: u64,
-    /// First packet after the latest silence of [`SILENCE_NS`]; equals `first_ns` in the first burst.
-    pub burst_ns: u64,
     /// One of the `OPENED_` constants.
     pub opened: u8,
     /// Always zero.
@@ -288,10 +323,30 @@ pub struct Lives {
     pub lives: [Life; WAYS],
 }
 
+/// Element of `nm_touched`.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// When a packet last wrote to the region, as [`stamp`]s. 0: never.
+    pub stamps: [u16; STAMPS],
+}
+
+/// Regions of a [`Touched`].
+pub const STAMPS: usize = 32;
+/// Nanoseconds of the boot clock, shifted right by this, are stamps: 67 ms.
+pub const STAMP_SHIFT: u32 = 26;
+
+/// A boot time in nanoseconds as it is noted for a region. Comes again after 73 minutes, and is never 0.
+#[inline(always)]
+pub const fn stamp(boot_ns: u64) -> u16 {
+    let stamp = (boot_ns >> STAMP_SHIFT) as u16;
+    if stamp == 0 { 1 } else { stamp }
+}
+
 /// Words of eight bytes in a [`Slot6`], the larger one.
 pub const SLOT_WORDS: usize = 12;
 /// Words of eight bytes in a [`Life`].
-pub const LIFE_WORDS: usize = 5;
+pub const LIFE_WORDS: usize = 4;
 
 /// Ring buffer record: a flow lost its slot to another one before the agent had read all of it. Submitted before the
 /// slot changes hands.
@@ -476,9 +531,9 @@ const _: () = assert!(size_of::<Flow4Key>() == 16);
 const _: () = assert!(size_of::<Flow6Key>() == 40);
 const _: () = assert!(size_of::<FlowState>() == 80);
 const _: () = assert!(size_of::<Slot4>() == 64 && size_of::<Slot6>() == SLOT_WORDS * 8);
-const _: () = assert!(size_of::<Life>() == LIFE_WORDS * 8);
+const _: () = assert!(size_of::<Life>() == LIFE_WORDS * 8 && size_of::<Touched>() == 64);
 const _: () = assert!(offset_of!(Life, read_tx_packets) % 8 == 0 && offset_of!(Counts, tx_packets) % 8 == 0);
-const _: () = assert!(size_of::<Evicted>() == 144);
+const _: () = assert!(size_of::<Evicted>() == 136);
 const _: () = assert!(size_of::<FragmentKey>() == 40);
 const _: () = assert!(size_of::<FragmentPorts>() == 4);
 const _: () = assert!(size_of::<FlowOpened>() == 64);

@@ -12,8 +12,9 @@ use core::arch::asm;
 
 use aya_ebpf::helpers::generated::bpf_ringbuf_query;
 use netmon_common::abi::{
-    CLASS_GROUP, Evicted, FlowOpened, HINT_FRAGMENTS, HINT_QUIC, IPPROTO_UDP, LIFE_WORDS, Life, OPENED_HERE,
-    OPENED_THERE, OPENED_UNKNOWN, REGION_SETS, RING_BYTES, SILENCE_NS, SLOT_WORDS, TICK_NS, TICK_SHIFT, WAYS,
+    CLASS_GROUP, Counts, Evicted, FlowOpened, HINT_FRAGMENTS, HINT_QUIC, IPPROTO_UDP, LIFE_WORDS, Life,
+    OPENED_HERE, OPENED_THERE, OPENED_UNKNOWN, REGION_SETS, RING_BYTES, SILENCE_NS, SLOT_WORDS, STAMPS,
+    TICK_NS, TICK_SHIFT, WAYS, stamp,
 };
 
 use crate::{
@@ -79,7 +80,7 @@ pub fn count<F: Frame, K: Key>(
         // SAFETY: a set has this many slots.
         let slot = unsafe { set.add(way) };
         if key.is_in(slot) {
-            update(cpu, slot, index, way, frame, key, measure, direction);
+            update(cpu, slot, index, frame, key, measure, direction);
             return true;
         }
     }
@@ -137,11 +138,13 @@ fn touch<K: Key>(set: u32, now_ns: u64) {
     // SAFETY: a constant of the programs.
     let regions = unsafe { (*table_layout()).regions };
     let region = K::FIRST_REGION * regions + set / REGION_SETS as u32;
-    if let Some(touched) = TOUCHED.get_ptr_mut(region) {
+    if let Some(touched) = TOUCHED.get_ptr_mut(region / STAMPS as u32) {
+        let now = stamp(now_ns);
         // SAFETY: the map gave the pointer; a region belongs to one CPU.
         unsafe {
-            if *touched != now_ns {
-                *touched = now_ns;
+            let stamp = touched.cast::<u16>().add(region as usize % STAMPS);
+            if *stamp != now {
+                *stamp = now;
             }
         }
     }
@@ -162,7 +165,6 @@ fn update<F: Frame, K: Key>(
     cpu: Cpu,
     slot: *mut K::Slot,
     set: u32,
-    way: usize,
     frame: &F,
     key: &K,
     measure: &Measure,
@@ -177,17 +179,16 @@ fn update<F: Frame, K: Key>(
         if silent != 0 {
             (*counts).last_tick = tick;
             touch::<K>(set, now_ns);
-            if silent >= SILENCE_TICKS
-                && let Some(lives) = lives::<K>(set)
-            {
-                (*lives.add(way)).burst_ns = now_ns;
+            if silent >= SILENCE_TICKS {
+                ((*counts).tx_payload, (*counts).rx_payload) =
+                    Counts::payloads((*counts).tx_payload, (*counts).rx_payload, tick);
             }
         }
 
         let mut hints = 0;
         if measure.protocol == IPPROTO_UDP
             && measure.payload > 0
-            && (*counts).tx_payload | (*counts).rx_payload == 0
+            && !(*counts).carried_payload()
             && looks_like_quic(frame, measure)
         {
             hints = HINT_QUIC;
@@ -280,6 +281,8 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
         frame.segments(measure.l3_bytes, measure.payload),
     );
     let sent = direction == Direction::Sent;
+    let (tx_payload, rx_payload) = if sent { (payload, 0) } else { (0, payload) };
+    let (tx_payload, rx_payload) = Counts::payloads(tx_payload, rx_payload, tick);
 
     // Field by field, here and below: a whole value would be put together on the stack.
     // SAFETY: as above.
@@ -293,8 +296,8 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
         (*ports).class = class;
         (*counts).tx_bytes = if sent { bytes } else { 0 };
         (*counts).rx_bytes = if sent { 0 } else { bytes };
-        (*counts).tx_payload = if sent { payload } else { 0 };
-        (*counts).rx_payload = if sent { 0 } else { payload };
+        (*counts).tx_payload = tx_payload;
+        (*counts).rx_payload = rx_payload;
         (*counts).last_tick = tick;
         (*counts).generation = generation;
         (*counts).label = label;
@@ -302,7 +305,6 @@ fn take_slot<F: Frame, K: Key>(cpu: u32, frame: &F, key: &K, measure: &Measure, 
         (*counts).rx_packets = if sent { 0 } else { segments };
         (*life).ifindex = ifindex;
         (*life).first_ns = now_ns;
-        (*life).burst_ns = now_ns;
         (*life).opened = opened;
         barrier();
         // Never 0.

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use netmon_common::abi::{
     CpuStats, Evicted, Flow4Key, Flow6Key, FlowState, FragmentKey, FragmentPorts, HASH_KEYS, Lives, MAX_CPUS,
     MAX_FLOWS, MAX_FRAGMENTS, MAX_LAN_PREFIXES, MAX_MUTED_PREFIXES, MAX_SHOWN, PrefixValue, REGION_SETS,
-    RING_BYTES, Set4, Set6, TableLayout, WAYS,
+    RING_BYTES, STAMPS, Set4, Set6, TableLayout, Touched, WAYS,
 };
 
 /// `BPF_F_MMAPABLE` (kernel 5.5): the agent reads the map without system calls.
@@ -35,7 +35,7 @@ pub static LIVES: Array<Lives, { 2 * SETS }, MMAPABLE> = Array::new();
 
 /// When a region of a table was last written to.
 #[btf_map(name = "nm_touched")]
-pub static TOUCHED: Array<u64, { 2 * SETS / REGION_SETS }, MMAPABLE> = Array::new();
+pub static TOUCHED: Array<Touched, { 2 * SETS / REGION_SETS / STAMPS }, MMAPABLE> = Array::new();
 
 /// Datagrams in fragments.
 #[btf_map(name = "nm_fragments")]

@@ -238,12 +238,12 @@ mod tests {
     #[test]
     fn records_are_told_apart_by_their_lengths() {
         assert!(matches!(record(&[1; 64]), Some(Record::Opened(_))));
-        let bytes: Vec<u8> = (0..144).collect();
+        let bytes: Vec<u8> = (0..136).collect();
         let Some(Record::Evicted(evicted)) = record(&bytes) else { panic!() };
         assert_eq!(evicted.slot.to_ne_bytes(), [0, 1, 2, 3]);
         assert_eq!(evicted.family.to_ne_bytes(), [4, 5, 6, 7]);
         assert_eq!(evicted.words[11].to_ne_bytes()[0], 8 + 88);
-        assert_eq!(evicted.life[4].to_ne_bytes()[7], 143);
+        assert_eq!(evicted.life[3].to_ne_bytes()[7], 135);
         assert_eq!(record(&[1; 72]), None);
     }
 

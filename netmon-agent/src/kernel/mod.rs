@@ -27,8 +27,8 @@ use ipnet::IpNet;
 use netmon_common::{
     abi::{
         CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, HASH_KEYS, MAX_FLOWS, MAX_LAN_PREFIXES,
-        MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, Slot4, Slot6, Stats, TableLayout, WAYS, constants, maps,
-        programs,
+        MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, STAMPS, Slot4, Slot6, Stats, TableLayout, WAYS,
+        constants, maps, programs,
     },
     model::Hook,
 };
@@ -296,7 +296,7 @@ impl Kernel {
             .map_max_entries(maps::TABLE4, sets)
             .map_max_entries(maps::TABLE6, sets)
             .map_max_entries(maps::LIVES, 2 * sets)
-            .map_max_entries(maps::TOUCHED, 2 * layout.regions)
+            .map_max_entries(maps::TOUCHED, (2 * layout.regions).div_ceil(STAMPS as u32))
             .map_max_entries(maps::STATS, cpus as u32)
             .map_max_entries(maps::LAN4, sizes.lan_prefixes)
             .map_max_entries(maps::LAN6, sizes.lan_prefixes)

@@ -9,7 +9,6 @@
 //!   has read one flow, and whoever sees another incarnation than the last time finds that one's record in the ring.
 //! * What was read is told to the program: the packets' word, then the incarnation. If both are still the slot's, the flow
 //!   may be replaced without a record.
-//!
 //! * A record counts as read to the end, for the slot may still show its flow; and a slot that shows another one is not read
 //!   before everything that was in the ring by then was taken, for another CPU's unfinished record may hold up the one that is
 //!   missing.
@@ -22,20 +21,20 @@ use std::{
     io,
     os::fd::{AsFd as _, BorrowedFd},
     ptr::NonNull,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
+    sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence},
 };
-
-#[cfg(not(target_arch = "x86_64"))]
-compile_error!("the flow tables are read without locks in a way that is exact on x86-64 alone");
 
 use aya::maps::MapData;
 use netmon_common::abi::{
-    Counts, Evicted, LIFE_WORDS, Life, Ports, REGION_SETS, SLOT_WORDS, Slot4, Slot6, TICK_NS, TICK_SHIFT,
-    WAYS,
+    Counts, Evicted, LIFE_WORDS, Life, Ports, REGION_SETS, SLOT_WORDS, STAMP_SHIFT, Slot4, Slot6, TICK_NS,
+    TICK_SHIFT, WAYS, stamp,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::flows::{FlowDelta, FlowId, Moved};
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("the flow tables are read without locks in a way that is exact on x86-64 alone");
 
 /// The values of an array map that may be mapped (`BPF_F_MMAPABLE`).
 #[derive(Debug)]
@@ -79,6 +78,13 @@ impl Mapping {
         assert!(number < self.bytes / 4, "a word behind the end of a map");
         // SAFETY: as above.
         unsafe { self.start.cast::<AtomicU32>().add(number).as_ref() }
+    }
+
+    /// The word of two bytes with this number.
+    fn quarter(&self, number: usize) -> &AtomicU16 {
+        assert!(number < self.bytes / 2, "a word behind the end of a map");
+        // SAFETY: as above.
+        unsafe { self.start.cast::<AtomicU16>().add(number).as_ref() }
     }
 }
 
@@ -185,6 +191,21 @@ pub(super) enum Scope {
     Since(u64),
 }
 
+impl Scope {
+    /// As [`stamp`]s, for a reading at `now_ns`: the first that belongs to it, and how many it is long.
+    fn stamps(self, now_ns: u64) -> (u16, u16) {
+        match self {
+            // What comes again after so many stamps is looked at without need. It was all that was ever written to.
+            Self::Since(since) if now_ns.saturating_sub(since) >> STAMP_SHIFT < u64::from(u16::MAX) - 3 => {
+                let first = stamp(since);
+                // Another CPU's clock may have been read a moment after ours, and 0 is left out.
+                (first, stamp(now_ns).wrapping_sub(first).wrapping_add(2))
+            }
+            _ => (0, u16::MAX),
+        }
+    }
+}
+
 /// What both families' tables are read by.
 pub(super) struct Shared {
     /// When each region was last written to.
@@ -222,13 +243,10 @@ impl<L: Layout> Table<L> {
 
     /// Reads what has moved. Slots that changed hands wait for [`Self::read_changed`].
     pub fn read(&mut self, shared: &Shared, scope: Scope, now_ns: u64, out: &mut Vec<FlowDelta>) {
+        let (first, length) = scope.stamps(now_ns);
         for region in 0..self.regions {
-            let at = shared.touched.word(self.first_region + region).load(Ordering::Relaxed);
-            let look = match scope {
-                Scope::Everything => at != 0,
-                Scope::Since(since) => at >= since,
-            };
-            if look {
+            let at = shared.touched.quarter(self.first_region + region).load(Ordering::Relaxed);
+            if at != 0 && at.wrapping_sub(first) <= length {
                 for slot in region * REGION_SLOTS..(region + 1) * REGION_SLOTS {
                     self.read_slot(shared, slot, false, now_ns, out);
                 }
@@ -348,14 +366,16 @@ fn delta<L: Layout>(slot: &L, life: &Life, seen: &Seen, now_ns: u64) -> Option<F
         rx_packets: counts.rx_packets.wrapping_sub(seen.rx_packets).into(),
         tx_bytes: counts.tx_bytes.wrapping_sub(seen.tx_bytes),
         rx_bytes: counts.rx_bytes.wrapping_sub(seen.rx_bytes),
-        tx_payload: counts.tx_payload.wrapping_sub(seen.tx_payload),
-        rx_payload: counts.rx_payload.wrapping_sub(seen.rx_payload),
+        tx_payload: counts.tx_payload_since(seen.tx_payload),
+        rx_payload: counts.rx_payload_since(seen.rx_payload),
     };
-    let last_ns = time_of(counts.last_tick, now_ns).max(life.burst_ns);
-    let first_ns = if seen.incarnation == 0 {
-        life.first_ns
+    let (first_ns, last_ns) = if seen.incarnation == 0 {
+        (life.first_ns, time_of(counts.last_tick, now_ns).max(life.first_ns))
     } else {
-        life.burst_ns.max(time_of(seen.last_tick, now_ns)).min(last_ns)
+        let (last_ns, seen_ns) = (time_of(counts.last_tick, now_ns), time_of(seen.last_tick, now_ns));
+        // A burst that is longer than a tick can tell seems to be yet to come.
+        let burst_ns = Some(time_of(counts.burst_tick(), now_ns)).filter(|&burst_ns| burst_ns <= last_ns);
+        (burst_ns.unwrap_or_default().max(seen_ns).min(last_ns), last_ns)
     };
     (moved != Moved::default()).then(|| FlowDelta {
         flow: slot.flow(),
@@ -382,7 +402,8 @@ fn time_of(tick: u32, now_ns: u64) -> u64 {
 mod tests {
     use super::*;
 
-    const NOW: u64 = 90 * 24 * 3600 * 1_000_000_000;
+    const DAY: u64 = 24 * 3600 * 1_000_000_000;
+    const NOW: u64 = 90 * DAY;
 
     fn slot(packets: u32, last_ns: u64) -> Slot4 {
         Slot4 {
@@ -402,7 +423,6 @@ mod tests {
         incarnation: 1,
         ifindex: 1,
         first_ns: 5,
-        burst_ns: 5,
         opened: 0,
         pad: [0; 3],
         read_incarnation: 0,
@@ -434,8 +454,55 @@ mod tests {
     #[test]
     fn after_a_silence_a_delta_begins_with_the_burst() {
         let seen = seen_of(&slot(3, NOW - 9_000_000_000), &LIFE);
-        let later = Life { burst_ns: NOW - 1_000_000_000, ..LIFE };
-        assert_eq!(delta(&slot(4, NOW), &later, &seen, NOW).unwrap().first_ns, NOW - 1_000_000_000);
+        let began = |burst_tick: u32| {
+            let mut slot = slot(4, NOW);
+            let counts = &mut slot.counts;
+            (counts.tx_payload, counts.rx_payload) = Counts::payloads(400, 40, burst_tick);
+            let delta = delta(&slot, &LIFE, &seen, NOW).unwrap();
+            assert_eq!((delta.moved.tx_payload, delta.moved.rx_payload), (400, 40));
+            delta.first_ns
+        };
+        let tick = |ago: u64| ((NOW - ago) >> TICK_SHIFT) as u32;
+        assert_eq!(began(tick(1_000_000_000)), time_of(tick(1_000_000_000), NOW));
+        // One that had begun before the last reading, days or months ago: this delta goes on where that one ended.
+        for ago in [10_000_000_000, 20 * DAY, 30 * DAY, 50 * DAY, 60 * DAY] {
+            assert_eq!(began(tick(ago)), time_of(seen.last_tick, NOW), "{ago}");
+        }
+    }
+
+    #[test]
+    fn payload_counters_may_wrap_beside_the_tick_that_shares_their_words() {
+        let mut before = slot(3, NOW);
+        (before.counts.tx_payload, before.counts.rx_payload) =
+            Counts::payloads((1 << 48) - 10, 7, (NOW >> TICK_SHIFT) as u32);
+        let mut after = slot(4, NOW);
+        (after.counts.tx_payload, after.counts.rx_payload) =
+            (before.counts.tx_payload + 25, before.counts.rx_payload + 5);
+        let delta = delta(&after, &LIFE, &seen_of(&before, &LIFE), NOW).unwrap();
+        assert_eq!((delta.moved.tx_payload, delta.moved.rx_payload), (25, 5));
+        assert_eq!(Counts::payloads(1, 2, 0x8765_4321), (0x4321_0000_0000_0001, 0x8765_0000_0000_0002));
+        let tick = Counts { tx_payload: 0x4321 << 48, rx_payload: 0x8765 << 48, ..Counts::default() };
+        assert_eq!((tick.burst_tick(), tick.carried_payload()), (0x8765_4321, false));
+    }
+
+    #[test]
+    fn a_region_is_looked_at_if_it_was_written_to_lately_whatever_its_stamps_have_come_to() {
+        const SECOND: u64 = 1_000_000_000;
+        let looks = |at_ns: u64, since_ns: u64, now_ns: u64| {
+            let (first, length) = Scope::Since(since_ns).stamps(now_ns);
+            stamp(at_ns).wrapping_sub(first) <= length
+        };
+        // Over all values that a stamp can have, and where they begin again.
+        for now_ns in (NOW..NOW + 5_000 * SECOND).step_by(10_000_019) {
+            assert!(looks(now_ns, now_ns - SECOND, now_ns));
+            assert!(looks(now_ns + TICK_NS, now_ns - SECOND, now_ns));
+            assert!(looks(now_ns - SECOND, now_ns - SECOND, now_ns));
+            assert!(!looks(now_ns - 2 * SECOND, now_ns - SECOND, now_ns));
+            assert!(!looks(now_ns - 3_600 * SECOND, now_ns - SECOND, now_ns));
+            // Who was away for so long looks everywhere.
+            assert!(looks(now_ns - 2 * SECOND, now_ns - 5_000 * SECOND, now_ns));
+        }
+        assert_eq!(Scope::Everything.stamps(NOW), (0, u16::MAX));
     }
 
     #[test]
@@ -479,7 +546,7 @@ mod tests {
                 layout: std::marker::PhantomData,
             };
             let shared = Shared { touched: mapping(8), lives: mapping(slots) };
-            shared.touched.word(0).store(NOW, Ordering::Relaxed);
+            shared.touched.quarter(0).store(stamp(NOW), Ordering::Relaxed);
             Self { table, shared }
         }
 

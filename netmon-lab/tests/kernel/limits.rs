@@ -8,7 +8,7 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use netmon_agent::kernel::{Kernel, KernelError, Sizes};
-use netmon_common::abi::{Lives, SILENCE_NS, Set4, TICK_NS, TICK_SHIFT, maps, programs};
+use netmon_common::abi::{Counts, Lives, SILENCE_NS, Set4, TICK_NS, TICK_SHIFT, maps, programs};
 
 use crate::{
     frames::*,
@@ -105,8 +105,10 @@ fn age(bench: &Bench, by_ns: u64) {
                 if life.incarnation != 0 {
                     used = true;
                     life.first_ns -= by_ns;
-                    life.burst_ns -= by_ns;
-                    slot.counts.last_tick -= (by_ns >> TICK_SHIFT) as u32;
+                    let (ticks, counts) = ((by_ns >> TICK_SHIFT) as u32, &mut slot.counts);
+                    (counts.tx_payload, counts.rx_payload) =
+                        Counts::payloads(counts.tx_payload, counts.rx_payload, counts.burst_tick() - ticks);
+                    counts.last_tick -= ticks;
                 }
             }
             if used {
