@@ -152,7 +152,10 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         let now = Now::read();
         match wake {
             Wake::Opened => watch.opened(&now),
-            Wake::Due => watch.due(&now),
+            Wake::Due => {
+                watch.due(&now);
+                watch.done(&Now::read());
+            }
             Wake::Usb(output) => watch.usb(&now, output),
             Wake::Links(links) => watch.links(&now, links),
             Wake::Stop => break,

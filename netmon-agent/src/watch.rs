@@ -21,6 +21,7 @@ use crate::interfaces::Interfaces;
 use crate::kernel::{FlowDelta, Kernel};
 use crate::ledger::{self, Ledger};
 use crate::links::{Choice, Link};
+use crate::pace::{self, Pace};
 use crate::recorder::Recorder;
 use crate::spool::{Recovered, SpoolHandle};
 use crate::status::{self, State, Status};
@@ -29,10 +30,6 @@ use crate::uplink::UplinkStatus;
 use crate::usb::UsbOutput;
 
 const SECOND_NS: u64 = 1_000_000_000;
-/// The kernel's tables are swept this often: a transfer is announced within twice this time.
-const SWEEP_NS: u64 = SECOND_NS / 4;
-/// A new flow brings the next sweep forward, but two sweeps keep at least this distance.
-const EAGER_SWEEP_NS: u64 = SECOND_NS / 20;
 /// Flows that are shown under `bpftool` in a second, one system call each; the others wait for the next one.
 const SHOWN_AT_ONCE: usize = 1_000;
 /// A sweep that comes this late may have let two bursts run into one.
@@ -87,8 +84,7 @@ pub struct Watch {
 
 /// Boot times, nanoseconds.
 struct Timers {
-    last_sweep: u64,
-    next_sweep: u64,
+    sweep: Pace,
     next_second: u64,
     next_coverage: u64,
     next_muted: u64,
@@ -142,8 +138,7 @@ impl Watch {
             stats: Stats::default(),
             overflowed: 0,
             timers: Timers {
-                last_sweep: now.boot_ns,
-                next_sweep: now.boot_ns,
+                sweep: Pace::new(now.boot_ns),
                 next_second: now.boot_ns,
                 next_coverage: now.boot_ns + SECOND_NS,
                 next_muted: now.boot_ns,
@@ -190,7 +185,7 @@ impl Watch {
 
     /// Boot time at which [`Watch::due`] wants to be called.
     pub fn due_ns(&self) -> u64 {
-        self.timers.next_sweep
+        self.timers.sweep.due_ns()
     }
 
     /// The ring has records: new flows, whose counters are in the tables, so that these are to be swept soon; or what flows
@@ -198,8 +193,7 @@ impl Watch {
     pub fn opened(&mut self, now: &Now) {
         self.kernel.take_records(now.boot_ns, &mut self.deltas);
         self.take_in_deltas();
-        let eager = self.timers.last_sweep + EAGER_SWEEP_NS;
-        self.timers.next_sweep = self.timers.next_sweep.min(eager.max(now.boot_ns));
+        self.timers.sweep.hasten(now.boot_ns);
     }
 
     fn take_in_deltas(&mut self) {
@@ -227,13 +221,13 @@ impl Watch {
         }
     }
 
-    /// Does what is due.
+    /// Does what is due; to be followed by [`Watch::done`].
     pub fn due(&mut self, now: &Now) {
-        if now.boot_ns >= self.timers.next_sweep {
+        if now.boot_ns >= self.timers.sweep.due_ns() {
             self.sweep(now);
         }
         // With the sweep that is nearest: each wake-up costs more than what is done in it.
-        if now.boot_ns + SWEEP_NS / 2 >= self.timers.next_second {
+        if now.boot_ns + pace::USUAL_NS / 2 >= self.timers.next_second {
             self.timers.next_second = now.boot_ns + SECOND_NS;
             self.poll_filter(now);
             self.interfaces.retry(now, &mut self.kernel, &mut self.recorder);
@@ -254,19 +248,23 @@ impl Watch {
         }
     }
 
+    /// `now`, after [`Watch::due`], tells how long that took.
+    pub fn done(&mut self, now: &Now) {
+        self.timers.sweep.end(now.boot_ns);
+    }
+
     fn sweep(&mut self, now: &Now) {
         self.record_stall(now);
-        self.timers.last_sweep = now.boot_ns;
-        self.timers.next_sweep = now.boot_ns + SWEEP_NS;
+        self.timers.sweep.begin(now.boot_ns);
         self.kernel.sweep(now.boot_ns, &mut self.deltas);
         self.take_in_swept(now);
     }
 
     /// To be called before a sweep, the last one included: nobody else knows how late it comes.
     fn record_stall(&mut self, now: &Now) {
-        let late = now.boot_ns.saturating_sub(self.timers.next_sweep);
+        let late = now.boot_ns.saturating_sub(self.timers.sweep.due_ns());
         if late >= STALLED_NS {
-            let from_wall_ns = now.wall_at(self.timers.last_sweep);
+            let from_wall_ns = now.wall_at(self.timers.sweep.began_ns());
             let reason = GapReason::AgentStalled;
             self.recorder
                 .record(now, Event::Gap(Gap { reason, from_wall_ns, to_wall_ns: now.wall_ns, count: None }));

@@ -21,7 +21,12 @@ pub enum Part {
     Lab,
     /// Real USB devices, stacks on network cards and older kernels, in virtual machines.
     Vm,
+    /// The lab's long forms (docs/exactness.md); only where they are asked for.
+    Full,
 }
+
+/// Tests of the lab that have a form with millions of packets, ignored by default; and whether it takes a release build.
+const FULL: [(&str, bool); 4] = [("exact", false), ("stopped", false), ("killed", false), ("million", true)];
 
 /// The kernel on which the USB tests run: Debian 12's.
 const USB_KERNEL: &str = "6.1";
@@ -37,7 +42,7 @@ const STACK_KERNELS: [&str; 2] = ["6.1", "6.12"];
 /// As much of it as the oldest kernel's verifier, under emulation, has time for: one load.
 const OLDEST_STACKS: &str = "whatever_stands";
 
-/// Runs the parts, or all of them.
+/// Runs the parts, or all of them but [`Part::Full`].
 pub fn run(parts: &[Part]) -> Result<()> {
     let wanted = |part| parts.is_empty() || parts.contains(&part);
     setup::build()?;
@@ -68,6 +73,25 @@ pub fn run(parts: &[Part]) -> Result<()> {
             stacks(kernel, "")?;
         }
         stacks(OLDEST_KERNEL.0, OLDEST_STACKS)?;
+    }
+    if parts.contains(&Part::Full) {
+        full()?;
+    }
+    Ok(())
+}
+
+fn full() -> Result<()> {
+    setup::require_root("the lab")?;
+    require_tcx()?;
+    setup::lab()?;
+    for release in [false, true] {
+        let form: &[&str] = if release { &["--release"] } else { &[] };
+        sh::run(cargo().args(["build", "--locked", "--workspace", "--bins"]).args(form))?;
+        for (test, _) in FULL.iter().filter(|(_, in_release)| *in_release == release) {
+            let cargo = &mut cargo();
+            cargo.args(["test", "--locked", "--package", "netmon-lab", "--test", test]).args(form);
+            sh::run(cargo.args(["--", "--ignored", "--nocapture", "--test-threads", "1"]))?;
+        }
     }
     Ok(())
 }

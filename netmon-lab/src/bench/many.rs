@@ -18,7 +18,7 @@ use super::subject::{Netmon, Reference, Subject};
 pub struct Plan {
     /// Rounds of each case.
     pub rounds: usize,
-    /// Packets that each program gets in a round.
+    /// Packets that each program gets in a round, after those that fill its tables.
     pub packets: u64,
     /// Leave out what only rounds off the picture.
     pub quick: bool,
@@ -81,10 +81,11 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
             "Many flows (run time under traffic over veth)",
             &format!(
                 "Nanoseconds per packet, net of the empty program of the same round: median of {} rounds of {} packets, \
-                 and the least in brackets. `netmon` has its default tables, `netmon, sized` has two slots for each flow \
-                 on the CPU that sees it, `hash` an entry for each flow. `counted` is what netmon counted in a flow; the \
-                 rest was refused, and a refusal costs something else than counting. The user-space side empties the \
-                 ring and sweeps the tables meanwhile, as the agent does.",
+                 and the least in brackets. Everything is loaded anew in each round. `netmon` has its default tables, \
+                 `netmon, sized` has two slots for each flow on the CPU that sees it, `hash` an entry for each flow. \
+                 `counted` is what netmon counted in a flow; the rest was refused, and a refusal costs something else \
+                 than counting. The user-space side empties the ring and sweeps the tables meanwhile, as often as the \
+                 agent does; it keeps nothing of what it reads.",
                 plan.rounds, plan.packets
             ),
             &[
@@ -141,8 +142,9 @@ struct Measured {
     netmon: Vec<f64>,
     sized: Vec<f64>,
     hash: Vec<f64>,
-    /// Share of netmon's packets that are in a flow: default tables, sized tables. The others were refused, counted.
-    counted: Vec<f64>,
+    /// Of netmon's packets, how many are in a flow and how many there were: default tables, sized tables. The others were
+    /// refused, counted.
+    counted: [(u64, u64); 2],
     memory: Vec<Vec<Cell>>,
 }
 
@@ -173,7 +175,26 @@ impl Measured {
     }
 
     fn counted(&self, table: usize) -> Cell {
-        number(self.counted.get(table).map_or(f64::NAN, |share| share * 100.0), 3)
+        let (counted, seen) = self.counted[table];
+        number(counted as f64 / seen as f64 * 100.0, 3)
+    }
+
+    /// What netmon says after a round.
+    fn add_reading(&mut self, netmon: &Netmon, column: Column, slots: u32, first: bool) -> Result<()> {
+        let sized = matches!(column, Column::Sized);
+        let stats = netmon.kernel.stats();
+        let (counted, seen) = &mut self.counted[usize::from(sized)];
+        *counted += stats.counted;
+        *seen += stats.seen;
+        if first {
+            let (sum, maps) = netmon.memory()?;
+            let label = if sized { format!("sized: {slots} slots") } else { "default".to_owned() };
+            let mib = |bytes: u64| bytes as f64 / f64::from(M);
+            let largest: Vec<_> =
+                maps.iter().take(4).map(|(name, bytes)| format!("{name} {:.1}", mib(*bytes))).collect();
+            self.memory.push(vec![label.into(), number(mib(sum), 1), largest.join(", ").into()]);
+        }
+        Ok(())
     }
 
     fn row(&self, case: Case) -> Vec<Cell> {
@@ -200,61 +221,54 @@ impl Measured {
     }
 }
 
+/// Each round loads anew: where in memory the tables come to lie makes some of them a fifth slower than others.
 fn measure(source: &mut Source<'_>, ifindex: u32, case: Case, plan: Plan) -> Result<Measured> {
     let length = source.prepare(case.shape, case.order, case.flows)?;
-    let load = |name: &str, sizes: Sizes| -> Result<Subject> {
-        Ok(Subject::Netmon(Box::new(Netmon::load(name, case.mode, sizes, ifindex)?)))
-    };
     let defaults = Sizes::default();
-    let mut subjects = vec![
-        (Column::Empty, Subject::Reference(Reference::empty(case.mode)?)),
-        (Column::Netmon, load("bench-default", defaults)?),
-    ];
     // A table's size is that over all CPUs, all these packets come on one, and a half-empty table has room for nearly
     // every flow where it belongs.
     let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u32;
     let slots = case.flows.saturating_mul(2 * cpus);
+    let mut columns = vec![Column::Empty, Column::Netmon];
     if slots > defaults.flows {
-        subjects.push((Column::Sized, load("bench-sized", Sizes { flows: slots, ..defaults })?));
+        columns.push(Column::Sized);
     }
     if case.mode == Mode::Tc {
-        let hash = Reference::hash(case.flows.max(defaults.flows))?;
-        subjects.push((Column::Hash, Subject::Reference(hash)));
+        columns.push(Column::Hash);
     }
+    let netmon = |sizes: Sizes| -> Result<Subject> {
+        let mut netmon = Netmon::load("bench", case.mode, sizes, ifindex)?;
+        netmon.readings.discard = true;
+        Ok(Subject::Netmon(Box::new(netmon)))
+    };
     let mut measured = Measured::default();
-    // Round 0 fills the tables: every flow comes at least once.
-    for round in 0..=plan.rounds {
+    for round in 1..=plan.rounds {
         eprintln!("  {} {} flows, {:?}, {}: round {round}", mode(case), case.flows, case.order, case.shape);
-        for (column, subject) in &mut subjects {
+        for &column in &columns {
+            let mut subject = match column {
+                Column::Empty => Subject::Reference(Reference::empty(case.mode)?),
+                Column::Netmon => netmon(defaults)?,
+                Column::Sized => netmon(Sizes { flows: slots, ..defaults })?,
+                Column::Hash => Subject::Reference(Reference::hash(case.flows.max(defaults.flows))?),
+            };
             subject.attach()?;
-            let warm_up = if round == 0 { length } else { length / 4 };
-            source.send(Until::Frames(warm_up), None, |wait| subject.tend(wait))?;
-            if round > 0 {
-                let before = subject.run_time()?;
-                source.send(Until::Frames(plan.packets), None, |wait| subject.tend(wait))?;
-                let after = subject.run_time()?;
-                let runs = after.runs_since(before);
-                anyhow::ensure!(
-                    runs >= plan.packets / 10,
-                    "only {runs} of {} packets arrived: something is wrong with the cable",
-                    plan.packets
-                );
-                measured.column(*column).push(after.per_run_since(before));
-            }
+            // Fills the tables: the whole order, so every flow that will come.
+            source.send(Until::Frames(length), None, |wait| subject.tend(wait))?;
+            let before = subject.run_time()?;
+            source.send(Until::Frames(plan.packets), None, |wait| subject.tend(wait))?;
+            let after = subject.run_time()?;
+            let runs = after.runs_since(before);
+            anyhow::ensure!(
+                runs >= plan.packets / 10,
+                "only {runs} of {} packets arrived: something is wrong with the cable",
+                plan.packets
+            );
+            measured.column(column).push(after.per_run_since(before));
             subject.detach()?;
+            if let Subject::Netmon(netmon) = &subject {
+                measured.add_reading(netmon, column, slots, round == 1)?;
+            }
         }
-    }
-    for (_, subject) in &subjects {
-        let Subject::Netmon(netmon) = subject else { continue };
-        let stats = netmon.kernel.stats();
-        measured.counted.push(stats.counted as f64 / stats.seen as f64);
-        let (sum, maps) = netmon.memory()?;
-        let label =
-            if measured.memory.is_empty() { "default".to_owned() } else { format!("sized: {slots} slots") };
-        let mib = |bytes: u64| bytes as f64 / f64::from(M);
-        let largest: Vec<_> =
-            maps.iter().take(4).map(|(name, bytes)| format!("{name} {:.1}", mib(*bytes))).collect();
-        measured.memory.push(vec![label.into(), number(mib(sum), 1), largest.join(", ").into()]);
     }
     Ok(measured)
 }

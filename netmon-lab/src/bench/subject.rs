@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use aya::maps::MapData;
@@ -11,7 +11,9 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions, TcAttachType};
 use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramInfo, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
+use netmon_agent::clock::Now;
 use netmon_agent::kernel::{Kernel, LoadOptions, Mode, Sizes};
+use netmon_agent::pace::Pace;
 use netmon_common::abi;
 use netmon_common::prefixes::PrefixList;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -22,14 +24,15 @@ use super::pair::INTERFACE;
 use super::readings::Readings;
 use super::shared::{maps, programs};
 use super::source::{idle, missing, object};
-use crate::clock;
 
-/// The agent reads its tables this often.
-const SWEEP: Duration = Duration::from_millis(250);
 /// The tries are as full as an agent's.
 const IP_TXT: &str = include_str!("../../../ip.txt");
 /// Label of all that is in it: who it is does not matter here.
 const LIST_LABEL: u16 = 1;
+
+fn now_ns() -> u64 {
+    Now::read().boot_ns
+}
 
 /// Run time that the kernel has summed up for a program while statistics were enabled.
 #[derive(Clone, Copy, Debug)]
@@ -155,7 +158,7 @@ pub struct Netmon {
     pub readings: Readings,
     mode: Mode,
     pins: PathBuf,
-    swept: Instant,
+    pace: Pace,
     ifindex: u32,
 }
 
@@ -172,7 +175,15 @@ impl Netmon {
         let muted = list.prefixes().map(|(prefix, _)| (prefix, LIST_LABEL)).chain(frames::muted_prefixes());
         kernel.set_prefixes(&frames::private_prefixes(), muted)?;
         let ring = kernel.ring_fd()?;
-        Ok(Self { kernel, ring, readings: Readings::default(), mode, pins, swept: clock::now(), ifindex })
+        Ok(Self {
+            kernel,
+            ring,
+            readings: Readings::default(),
+            mode,
+            pins,
+            pace: Pace::new(now_ns()),
+            ifindex,
+        })
     }
 
     /// Where a program is pinned.
@@ -189,7 +200,7 @@ impl Netmon {
     }
 
     /// What the agent does all the time: waits for records in the ring, at most so long, empties it, and reads the
-    /// tables every 250 ms.
+    /// tables at its pace.
     ///
     /// # Errors
     /// The ring cannot be waited for.
@@ -200,9 +211,11 @@ impl Netmon {
             Err(error) => return Err(error).context("cannot wait for the ring"),
         }
         self.readings.drain(&mut self.kernel);
-        if self.swept.elapsed() >= SWEEP {
+        let now_ns = now_ns();
+        if now_ns >= self.pace.due_ns() {
+            self.pace.begin(now_ns);
             self.readings.sweep(&mut self.kernel);
-            self.swept = clock::now();
+            self.pace.end(self::now_ns());
         }
         Ok(())
     }
