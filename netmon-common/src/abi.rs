@@ -35,6 +35,10 @@ pub mod maps {
     pub const EVENTS: &str = "nm_events";
     /// Array with one [`super::CpuStats`] for each CPU.
     pub const STATS: &str = "nm_stats";
+
+    /// All of them; the agent pins each under its name.
+    pub const ALL: [&str; 13] =
+        [TABLE4, TABLE6, LIVES, TOUCHED, FRAGMENTS, FLOWS4, FLOWS6, LAN4, LAN6, MUTE4, MUTE6, EVENTS, STATS];
 }
 
 /// Names of the programs' constants.
@@ -55,6 +59,9 @@ pub mod programs {
     pub const TC_L3_EGRESS: &str = "nm_tc_l3_out";
     /// XDP ingress: counts what arrives, instead of the TC ingress program.
     pub const XDP_INGRESS: &str = "nm_xdp_ingress";
+
+    /// All of them; the agent pins each under its name.
+    pub const ALL: [&str; 5] = [TC_INGRESS, TC_EGRESS, TC_L3_INGRESS, TC_L3_EGRESS, XDP_INGRESS];
 }
 
 /// A flow is in a new burst when its last packet is this old: the two seconds of silence that end a transfer.

@@ -1,6 +1,7 @@
 //! In which order the packets of many flows come.
 
 use clap::ValueEnum;
+use fastrand::Rng;
 use serde::Serialize;
 
 use super::shared::{CHUNK, MAX_CHUNKS, MAX_FLOWS};
@@ -35,16 +36,16 @@ impl Order {
         assert!((1..=MAX_FLOWS).contains(&flows), "1 to {MAX_FLOWS} flows can be told apart, not {flows}");
         let passes = if self == Self::Sequential { 1 } else { 4 };
         let length = (flows as usize * passes).next_power_of_two().clamp(MIN_LENGTH, MAX_LENGTH);
-        let mut random = Random(u64::from(flows));
+        let mut random = Rng::with_seed(flows.into());
         match self {
             Self::Sequential => (0..flows).cycle().take(length).collect(),
-            Self::Random => (0..length).map(|_| random.below(flows)).collect(),
+            Self::Random => (0..length).map(|_| random.u32(..flows)).collect(),
             Self::Bursty => {
                 let zipf = Zipf::new(flows);
                 let mut order = Vec::with_capacity(length + LONGEST_BURST as usize);
                 while order.len() < length {
                     let flow = zipf.draw(&mut random);
-                    let burst = 1 + random.below(LONGEST_BURST);
+                    let burst = 1 + random.u32(..LONGEST_BURST);
                     order.extend((0..burst).map(|_| flow));
                 }
                 order.truncate(length);
@@ -55,29 +56,6 @@ impl Order {
 }
 
 const LONGEST_BURST: u32 = 16;
-
-/// SplitMix64 (Steele, Lea, Flood 2014): the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// 0 to `limit` - 1.
-    fn below(&mut self, limit: u32) -> u32 {
-        (((self.next() >> 32) * u64::from(limit)) >> 32) as u32
-    }
-
-    /// 0 to below 1.
-    fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
-    }
-}
 
 /// Draws flow `n` with a probability in proportion to 1 / (n + 1).
 struct Zipf {
@@ -95,8 +73,8 @@ impl Zipf {
         Self { sums: sums.collect() }
     }
 
-    fn draw(&self, random: &mut Random) -> u32 {
-        let point = random.unit() * self.sums.last().copied().unwrap_or_default();
+    fn draw(&self, random: &mut Rng) -> u32 {
+        let point = random.f64() * self.sums.last().copied().unwrap_or_default();
         self.sums.partition_point(|sum| *sum <= point).min(self.sums.len() - 1) as u32
     }
 }

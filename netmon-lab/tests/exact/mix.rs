@@ -65,24 +65,6 @@ impl Crafted {
     }
 }
 
-/// Pseudo-random numbers (SplitMix64: Steele, Lea, Flood 2014): the same in every run.
-pub struct Random(pub u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// 0 to `limit` - 1.
-    pub fn below(&mut self, limit: usize) -> usize {
-        (((self.next() >> 32) * limit as u64) >> 32) as usize
-    }
-}
-
 /// One side of the crafted flows. The other host sends the same flows in the other direction.
 #[derive(Clone, Copy)]
 pub struct Side {

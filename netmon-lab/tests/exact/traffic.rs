@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use fastrand::Rng;
 use netmon_agent::kernel::FlowId;
 use netmon_lab::bench::pair::{Pair, RECEIVER, RECEIVER6, SENDER, SENDER6, inside};
 use netmon_lab::bench::source::index_of;
@@ -19,7 +20,7 @@ use netmon_lab::packet::PacketSocket;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, sockopt};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use crate::mix::{Crafted, Fate, Random, Side};
+use crate::mix::{Crafted, Fate, Side};
 
 /// How much each host sends.
 #[derive(Clone, Copy, Debug)]
@@ -215,10 +216,10 @@ impl Way<'_> {
         const BUSY: usize = 8;
         let socket = PacketSocket::open(index_of(self.from)?)?;
         let fence = self.fence()?;
-        let mut random = Random(self.number as u64);
+        let mut random = Rng::with_seed(self.number as u64);
         let mut mix = self.side.oddities();
         let odd = mix.len();
-        let lengths: Vec<_> = (0..amount.flows).map(|_| random.below(1401)).collect();
+        let lengths: Vec<_> = (0..amount.flows).map(|_| random.usize(..1401)).collect();
         mix.extend((0..).zip(lengths).map(|(flow, length)| self.side.packet(flow, length)));
         let mut times = vec![0_u64; mix.len()];
         let cpus = thread::available_parallelism().map_or(1, usize::from);
@@ -233,10 +234,10 @@ impl Way<'_> {
             }
             burst.clear();
             for _ in 0..WINDOW.min((amount.frames - sent) as usize) {
-                let which = match random.below(16) {
-                    0 => random.below(odd),
-                    1..8 => odd + random.below(BUSY),
-                    _ => odd + random.below(mix.len() - odd),
+                let which = match random.usize(..16) {
+                    0 => random.usize(..odd),
+                    1..8 => odd + random.usize(..BUSY),
+                    _ => odd + random.usize(..mix.len() - odd),
                 };
                 times[which] += 1;
                 burst.push(mix[which].frame.as_slice());
@@ -256,7 +257,7 @@ impl Way<'_> {
     fn datagrams(self, amount: Amount) -> Result<()> {
         const SOCKETS: usize = 64;
         let fence = self.fence()?;
-        let mut random = Random(10 + self.number as u64);
+        let mut random = Rng::with_seed(10 + self.number as u64);
         let sockets: Vec<_> = (0..SOCKETS)
             .map(|number| -> Result<UdpSocket> {
                 let socket = UdpSocket::bind((self.own[number % 2], 0))?;
@@ -267,9 +268,9 @@ impl Way<'_> {
         let payload = vec![5; 60_000];
         let mut under_way = 0;
         for _ in 0..amount.datagrams {
-            let longest = [1_472, 9_000, 60_000][[0, 0, 0, 0, 1, 1, 1, 2][random.below(8)]];
-            let length = random.below(longest + 1);
-            sockets[random.below(SOCKETS)].send(&payload[..length])?;
+            let longest = [1_472, 9_000, 60_000][[0, 0, 0, 0, 1, 1, 1, 2][random.usize(..8)]];
+            let length = random.usize(..longest + 1);
+            sockets[random.usize(..SOCKETS)].send(&payload[..length])?;
             under_way += length / 1_448 + 1;
             if under_way >= WINDOW {
                 fence.wait()?;
@@ -297,7 +298,7 @@ impl Way<'_> {
     /// ICMP echo requests, some in fragments; the other host's kernel answers each with as many packets and bytes.
     fn ping(self, amount: Amount) -> Result<Sum> {
         const MTU: u64 = 1_500;
-        let mut random = Random(20 + self.number as u64);
+        let mut random = Rng::with_seed(20 + self.number as u64);
         let mut sum = Sum::default();
         let identity = [0x6e, self.number as u8];
         // Family, protocol, types of request and reply, header of the whole packet and of each fragment.
@@ -316,7 +317,7 @@ impl Way<'_> {
             for number in 0..amount.pings as u16 {
                 let mut message = vec![request, 0, 0, 0, identity[0], identity[1]];
                 message.extend(number.to_be_bytes());
-                message.resize(8 + random.below(4_000), 9);
+                message.resize(8 + random.usize(..4_000), 9);
                 if family == 0 {
                     let sum = !checksum(&message);
                     message[2..4].copy_from_slice(&sum.to_be_bytes());

@@ -7,6 +7,7 @@ use aya::{
     maps::{Array, Map, MapData},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
+use fastrand::Rng;
 use netmon_agent::kernel::{Kernel, KernelError, Sizes};
 use netmon_common::abi::{Counts, Lives, SILENCE_NS, Set4, TICK_NS, TICK_SHIFT, maps, programs};
 
@@ -142,17 +143,9 @@ fn two_seconds_of_silence_begin_a_new_burst() {
     assert_eq!((third.moved.tx_packets, third.moved.rx_packets), (0, 1));
 }
 
-/// A pseudo-random sequence (Marsaglia's xorshift64): the same in every run.
-pub fn xorshift(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
-}
-
 #[test]
 fn counts_are_exact_while_flows_change_hands_and_are_read_at_the_same_time() {
-    const FLOWS: u64 = 400;
+    const FLOWS: u16 = 400;
     const PACKETS: u32 = 60_000;
     let mut bench = Bench::with(|options| {
         options.sizes = Sizes { flows: SMALLEST, ring_bytes: 1 << 24, ..Sizes::default() };
@@ -168,12 +161,11 @@ fn counts_are_exact_while_flows_change_hands_and_are_read_at_the_same_time() {
                 .map(|(direction, pin)| {
                     scope.spawn(move || {
                         let program = SchedClassifier::from_pin(pin).unwrap();
-                        let mut random = 0x9e37_79b9_7f4a_7c15 + direction as u64;
+                        let mut random = Rng::with_seed(direction as u64);
                         let mut sent = BTreeMap::new();
                         for _ in 0..PACKETS {
                             // Some flows have many packets, most have few.
-                            let port =
-                                (xorshift(&mut random) % FLOWS).min(xorshift(&mut random) % FLOWS) as u16;
+                            let port = random.u16(..FLOWS).min(random.u16(..FLOWS));
                             let frame = match direction {
                                 0 => udp_out(port, 53, b"abc"),
                                 _ => udp_in(53, port, b"defgh"),
@@ -263,26 +255,7 @@ fn pins_have_the_names_of_the_abi_and_the_directory_is_for_root_alone() {
         pins.sort();
         (pins, std::fs::metadata(&directory).unwrap().permissions().mode() & 0o777)
     });
-    let mut expected = [
-        maps::TABLE4,
-        maps::TABLE6,
-        maps::LIVES,
-        maps::TOUCHED,
-        maps::FRAGMENTS,
-        maps::FLOWS4,
-        maps::FLOWS6,
-        maps::LAN4,
-        maps::LAN6,
-        maps::MUTE4,
-        maps::MUTE6,
-        maps::EVENTS,
-        maps::STATS,
-        programs::TC_INGRESS,
-        programs::TC_EGRESS,
-        programs::TC_L3_INGRESS,
-        programs::TC_L3_EGRESS,
-        programs::XDP_INGRESS,
-    ];
+    let mut expected = [&maps::ALL[..], &programs::ALL[..]].concat();
     expected.sort_unstable();
     assert_eq!(pins, expected);
     assert!(expected.iter().all(|name| name.len() <= 15), "the kernel keeps 15 characters");

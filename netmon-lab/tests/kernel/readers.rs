@@ -2,18 +2,15 @@
 //! the same packet. A VLAN tag is all that it takes to send a packet to the general reader, so random frames are counted
 //! with and without one.
 
-use std::{
-    collections::BTreeSet,
-    hash::{BuildHasher as _, Hasher as _, RandomState},
-};
+use std::collections::BTreeSet;
 
+use fastrand::Rng;
 use netmon_agent::kernel::{FlowId, Sizes};
 use netmon_common::abi::{FlowState, HINT_FRAGMENTS, HINT_QUIC, Stats, programs};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::{
     frames::*,
-    limits::xorshift,
     rig::{Bench, ENTRIES},
 };
 
@@ -26,146 +23,137 @@ const ETHERNET: usize = 14;
 /// Bytes of a VLAN tag.
 const TAG: u64 = 4;
 
-/// A sequence of numbers that can be had again: `NETMON_SEED=… cargo test …`.
-struct Random(u64);
-
-impl Random {
-    /// Another one in every run, unless it is asked for.
-    fn seed() -> u64 {
-        match std::env::var("NETMON_SEED") {
-            Ok(seed) => seed.parse().expect("NETMON_SEED is a number"),
-            // The sequence of 0 is zeros.
-            Err(_) => RandomState::new().build_hasher().finish().max(1),
-        }
+/// Another one in every run, unless it is asked for: `NETMON_SEED=… cargo test …`.
+fn seed() -> u64 {
+    match std::env::var("NETMON_SEED") {
+        Ok(seed) => seed.parse().expect("NETMON_SEED is a number"),
+        Err(_) => fastrand::u64(..),
     }
+}
 
-    /// Below `end`.
-    fn below(&mut self, end: usize) -> usize {
-        (xorshift(&mut self.0) >> 16) as usize % end
-    }
+fn bytes(random: &mut Rng, count: usize) -> Vec<u8> {
+    (0..count).map(|_| random.u8(..)).collect()
+}
 
-    fn byte(&mut self) -> u8 {
-        self.below(256) as u8
-    }
+fn one_in(random: &mut Rng, count: usize) -> bool {
+    random.usize(..count) == 0
+}
 
-    fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| self.byte()).collect()
-    }
-
-    fn one_in(&mut self, count: usize) -> bool {
-        self.below(count) == 0
-    }
-
-    fn of<T: Copy>(&mut self, choice: &[T]) -> T {
-        choice[self.below(choice.len())]
-    }
+fn of<T: Copy>(random: &mut Rng, choice: &[T]) -> T {
+    choice[random.usize(..choice.len())]
 }
 
 /// Few enough that flows have several packets.
-fn port(random: &mut Random) -> u16 {
-    random.of(&[0, 53, 443, 1000, 50_000, 65_535])
+fn port(random: &mut Rng) -> u16 {
+    of(random, &[0, 53, 443, 1000, 50_000, 65_535])
 }
 
-fn payload(random: &mut Random) -> Vec<u8> {
-    let length = random.of(&[0, 0, 1, 4, 5, 6, 20, 200]);
-    let mut payload = random.bytes(length);
-    if length >= 5 && random.one_in(2) {
+fn payload(random: &mut Rng) -> Vec<u8> {
+    let length = of(random, &[0, 0, 1, 4, 5, 6, 20, 200]);
+    let mut payload = bytes(random, length);
+    if length >= 5 && one_in(random, 2) {
         // The beginning of a QUIC packet, or nearly so.
-        payload[..5].copy_from_slice(&[0xc0 | random.byte(), 0, 0, 0, random.of(&[0, 1, 2])]);
+        payload[..5].copy_from_slice(&[0xc0 | random.u8(..), 0, 0, 0, of(random, &[0, 1, 2])]);
     }
     payload
 }
 
 /// What follows the IP header (and IPv6's extension headers), and its protocol number.
-fn transport(random: &mut Random) -> (u8, Vec<u8>) {
+fn transport(random: &mut Rng) -> (u8, Vec<u8>) {
     let (source, destination, payload) = (port(random), port(random), payload(random));
-    match random.below(8) {
+    match random.usize(..8) {
         0..3 => (UDP, udp(source, destination, &payload)),
         3..7 => {
-            let options = random.of(&[0, 0, 4, 12, 40]);
-            let (flags, options) = (random.byte(), random.bytes(options));
+            let options = of(random, &[0, 0, 4, 12, 40]);
+            let (flags, options) = (random.u8(..), bytes(random, options));
             (TCP, tcp(source, destination, flags, &options, &payload))
         }
-        _ => (random.of(&[ICMP, ICMP6, 47, 50, 59, 132, random.0 as u8]), payload),
+        _ => {
+            let any = random.u8(..);
+            (of(random, &[ICMP, ICMP6, 47, 50, 59, 132, any]), payload)
+        }
     }
 }
 
-fn packet4(random: &mut Random) -> Vec<u8> {
+fn packet4(random: &mut Rng) -> Vec<u8> {
     let (protocol, rest) = transport(random);
-    let options = if random.one_in(6) { random.of(&[4, 8, 40]) } else { 0 };
-    let options = random.bytes(options);
-    let fragment = match random.below(8) {
-        0 => random.of(&[0x2000, 0x2001, 0x0001, 0x00b9, 0x8000, random.0 as u16]),
+    let options = if one_in(random, 6) { of(random, &[4, 8, 40]) } else { 0 };
+    let options = bytes(random, options);
+    let any = random.u16(..);
+    let fragment = match random.usize(..8) {
+        0 => of(random, &[0x2000, 0x2001, 0x0001, 0x00b9, 0x8000, any]),
         1 => 0x4000,
         _ => 0,
     };
     let addresses = [HERE4, THERE4, [224, 0, 0, 251], [10, 0, 0, 9]];
-    let mut packet = ipv4(random.of(&addresses), random.of(&addresses), protocol, &options, fragment, &rest);
-    packet[5] = random.of(&[1, 2, 3]);
+    let mut packet =
+        ipv4(of(random, &addresses), of(random, &addresses), protocol, &options, fragment, &rest);
+    packet[5] = of(random, &[1, 2, 3]);
     packet
 }
 
-fn packet6(random: &mut Random) -> Vec<u8> {
+fn packet6(random: &mut Rng) -> Vec<u8> {
     let (mut next, mut rest) = transport(random);
-    while random.one_in(5) {
-        let (header, length) = match random.of(&[0, 43, 44, 51, 60, 135]) {
+    while one_in(random, 5) {
+        let (header, length) = match of(random, &[0, 43, 44, 51, 60, 135]) {
             44 => {
-                let offset = random.of(&[0, 1, 8, 0x05a9]);
-                (44, cat(&[&[next, 0], &u16::to_be_bytes(offset), &[0, 0, 0, random.of(&[1, 2])]]))
+                let offset = of(random, &[0, 1, 8, 0x05a9]);
+                (44, cat(&[&[next, 0], &u16::to_be_bytes(offset), &[0, 0, 0, of(random, &[1, 2])]]))
             }
-            51 => (51, cat(&[&[next, 4], &random.bytes(22)])),
-            header => (header, cat(&[&[next, 1], &random.bytes(14)])),
+            51 => (51, cat(&[&[next, 4], &bytes(random, 22)])),
+            header => (header, cat(&[&[next, 1], &bytes(random, 14)])),
         };
         (next, rest) = (header, cat(&[&length, &rest]));
     }
     let mut group = HERE6;
     group[0] = 0xff;
     let addresses = [HERE6, THERE6, group];
-    ipv6(random.of(&addresses), random.of(&addresses), next, &rest)
+    ipv6(of(random, &addresses), of(random, &addresses), next, &rest)
 }
 
 /// Cuts it off, pads it, or damages it: one of its lengths, or any bytes of its headers.
-fn damage(random: &mut Random, frame: &mut Vec<u8>, is_ipv4: bool) {
-    match random.below(8) {
-        0 => frame.truncate(ETHERNET + random.below(frame.len() - ETHERNET)),
+fn damage(random: &mut Rng, frame: &mut Vec<u8>, is_ipv4: bool) {
+    match random.usize(..8) {
+        0 => frame.truncate(ETHERNET + random.usize(..frame.len() - ETHERNET)),
         1 => {
-            let length = random.below(50);
-            frame.extend(random.bytes(length));
+            let length = random.usize(..50);
+            frame.extend(bytes(random, length));
         }
         2 => {
             let at = ETHERNET + if is_ipv4 { 2 } else { 4 };
-            let length = random.of(&[0, 1, 8, 19, 20, 27, 28, 39, 40, 48, 60, 0xffff, random.0 as u16]);
+            let any = random.u16(..);
+            let length = of(random, &[0, 1, 8, 19, 20, 27, 28, 39, 40, 48, 60, 0xffff, any]);
             frame[at..at + 2].copy_from_slice(&length.to_be_bytes());
         }
         3 => {
-            for _ in 0..=random.below(3) {
+            for _ in 0..=random.usize(..3) {
                 let end = frame.len().min(ETHERNET + 80);
-                let at = ETHERNET + random.below(end - ETHERNET);
-                frame[at] = random.byte();
+                let at = ETHERNET + random.usize(..end - ETHERNET);
+                frame[at] = random.u8(..);
             }
         }
         4 => {
             // The TCP header's length, where there are neither options nor extension headers.
             let at = ETHERNET + if is_ipv4 { 32 } else { 52 };
             if let Some(byte) = frame.get_mut(at) {
-                *byte = random.byte();
+                *byte = random.u8(..);
             }
         }
-        5 => frame[ETHERNET] = random.of(&[0x40, 0x44, 0x45, 0x46, 0x4f, 0x55, 0x60, 0x65, 0]),
+        5 => frame[ETHERNET] = of(random, &[0x40, 0x44, 0x45, 0x46, 0x4f, 0x55, 0x60, 0x65, 0]),
         _ => {}
     }
 }
 
-fn frame(random: &mut Random) -> Vec<u8> {
-    let is_ipv4 = random.one_in(2);
-    let mut frame = match (random.below(30), is_ipv4) {
-        (0, _) => ethernet(random.of(&[0x0806, 0x88cc, 0x8864, 0x0040]), &random.bytes(60)),
+fn frame(random: &mut Rng) -> Vec<u8> {
+    let is_ipv4 = one_in(random, 2);
+    let mut frame = match (random.usize(..30), is_ipv4) {
+        (0, _) => ethernet(of(random, &[0x0806, 0x88cc, 0x8864, 0x0040]), &bytes(random, 60)),
         (1, true) => ethernet(0x86dd, &packet4(random)),
         (1, false) => ethernet(0x0800, &packet6(random)),
         (_, true) => eth4(&packet4(random)),
         (_, false) => eth6(&packet6(random)),
     };
-    if random.one_in(8) {
+    if one_in(random, 8) {
         frame = broadcast_frame(&frame);
     }
     damage(random, &mut frame, is_ipv4);
@@ -221,9 +209,9 @@ fn flows(bench: &mut Bench) -> Vec<(FlowId, FlowState)> {
 
 #[test]
 fn both_readers_see_the_same_in_random_frames() {
-    let seed = Random::seed();
+    let seed = seed();
     println!("NETMON_SEED={seed}");
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let cpus = sched_getaffinity(None).unwrap();
     let cpu = (0..CpuSet::MAX_CPU).find(|cpu| cpus.is_set(*cpu)).unwrap();
     let mut seen = Stats::default();

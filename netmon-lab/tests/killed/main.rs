@@ -19,6 +19,7 @@ use std::time::Duration;
 use aya::maps::MapData;
 use aya::programs::tc::TcAttachType;
 use aya::programs::{ProgramInfo, SchedClassifier};
+use fastrand::Rng;
 use netmon_common::abi::{maps, programs};
 use netmon_lab::bench::pair::inside;
 use netmon_lab::clock;
@@ -38,43 +39,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const OTHERS: Duration = Duration::from_secs(60);
 const PINS: &str = "/sys/fs/bpf/netmon";
 const INTERFACES: [&str; 2] = ["lan0", "mgmt0"];
-const PROGRAMS: [&str; 5] = [
-    programs::TC_INGRESS,
-    programs::TC_EGRESS,
-    programs::TC_L3_INGRESS,
-    programs::TC_L3_EGRESS,
-    programs::XDP_INGRESS,
-];
-const MAPS: [&str; 13] = [
-    maps::TABLE4,
-    maps::TABLE6,
-    maps::TOUCHED,
-    maps::FRAGMENTS,
-    maps::FLOWS4,
-    maps::FLOWS6,
-    maps::LAN4,
-    maps::LAN6,
-    maps::MUTE4,
-    maps::MUTE6,
-    maps::EVENTS,
-    maps::STATS,
-    maps::LIVES,
-];
 
 /// The programs' constants and the ring of their own words: held by the programs alone.
 const UNPINNED_MAPS: usize = 2;
-
-/// Pseudo-random numbers below a limit (Marsaglia's xorshift64): the same in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: Duration) -> Duration {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        limit.mul_f64((self.0 >> 11) as f64 / (1_u64 << 53) as f64)
-    }
-}
 
 /// Datagrams of ever new flows, both ways, until it is told to stop.
 fn traffic(from: &Host, to: &str, stop: &AtomicBool, sent: &AtomicU64) {
@@ -119,7 +86,7 @@ fn pinned(pc: &Host) -> (BTreeSet<String>, Objects) {
         for entry in fs::read_dir(PINS)? {
             let path = entry?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if PROGRAMS.contains(&name.as_str()) {
+            if programs::ALL.contains(&name.as_str()) {
                 objects.programs.insert(ProgramInfo::from_pin(&path)?.id().into());
             } else {
                 objects.maps.insert(MapData::from_pin(&path)?.info()?.id().into());
@@ -160,12 +127,13 @@ impl History {
         let pid = agent.pid().unwrap();
         let kernel = Kernel::look();
         let living = kernel.held_by(pid);
-        let maps = MAPS.len() + UNPINNED_MAPS;
-        assert_eq!((living.programs.len(), living.maps.len()), (PROGRAMS.len(), maps), "{living:?}");
+        let maps = maps::ALL.len() + UNPINNED_MAPS;
+        assert_eq!((living.programs.len(), living.maps.len()), (programs::ALL.len(), maps), "{living:?}");
         self.dead.extend(std::mem::replace(&mut self.living, living));
 
         let (names, objects) = pinned(pc);
-        let expected: BTreeSet<_> = PROGRAMS.iter().chain(&MAPS).map(|name| (*name).to_owned()).collect();
+        let expected: BTreeSet<_> =
+            programs::ALL.iter().chain(&maps::ALL).map(|name| (*name).to_owned()).collect();
         assert_eq!(names, expected);
         assert_eq!(objects, self.living.common(&kernel.netmon), "a pin of an agent that is dead");
         without_filters(pc);
@@ -268,7 +236,7 @@ fn killed(times: u32) {
     });
 
     let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
-    let mut random = Random(0x6e65_746d_6f6e);
+    let mut random = Rng::with_seed(0x6e65_746d_6f6e);
     let (mut starting, mut watching) = (0, 1);
     thread::scope(|scope| {
         let stop = Stop(&stop);
@@ -279,14 +247,14 @@ fn killed(times: u32) {
         for kill in 2..=times {
             if kill % 2 == 0 {
                 let daemon = agent.launch().unwrap();
-                thread::sleep(random.below(start));
+                thread::sleep(start.mul_f64(random.f64()));
                 // A daemon that is dropped is killed.
                 drop(daemon);
                 starting += 1;
             } else {
                 agent.start_again().unwrap();
                 history.one_agent(pc, &agent);
-                thread::sleep(random.below(Duration::from_millis(400)));
+                thread::sleep(Duration::from_millis(random.u64(..400)));
                 agent.kill().unwrap();
                 watching += 1;
             }
