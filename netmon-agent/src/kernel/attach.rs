@@ -11,7 +11,11 @@ use aya::{
 };
 use netmon_common::{abi::programs, model::Hook, raw::Escaped};
 
-use super::{KernelError, Mode, TC_PROGRAMS, netlink, sys, tc_program, xdp_program};
+use super::{
+    KernelError, Mode,
+    load::{TC_PROGRAMS, tc_program, xdp_program},
+    netlink, sys,
+};
 
 /// First of all filters, as TCX programs are.
 const CLSACT_PRIORITY: u16 = 1;

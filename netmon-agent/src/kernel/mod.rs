@@ -11,25 +11,18 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    ops::RangeInclusive,
     os::fd::{AsFd as _, OwnedFd},
-    path::{Path, PathBuf},
+    path::Path,
+    sync::{Arc, atomic::Ordering},
 };
 
-use std::sync::{Arc, atomic::Ordering};
-
 use aya::{
-    Ebpf, EbpfLoader,
+    Ebpf,
     maps::{HashMap, Map, MapData, MapError, RingBuf},
-    programs::{Program, ProgramError, SchedClassifier, Xdp},
 };
 use ipnet::IpNet;
 use netmon_common::{
-    abi::{
-        CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, HASH_KEYS, MAX_FLOWS, MAX_LAN_PREFIXES,
-        MAX_MUTED_PREFIXES, REGION_SETS, RING_BYTES, STAMPS, Slot4, Slot6, Stats, TableLayout, WAYS,
-        constants, maps, programs,
-    },
+    abi::{CpuStats, Evicted, Flow4Key, Flow6Key, FlowOpened, FlowState, Slot4, Slot6, Stats, maps},
     model::Hook,
 };
 
@@ -39,11 +32,15 @@ use self::{
 };
 
 mod attach;
+mod cpus;
 mod error;
 mod flows;
+mod load;
 mod netlink;
+mod options;
 mod prefixes;
 mod preflight;
+mod stats;
 mod sys;
 mod table;
 mod words;
@@ -51,6 +48,8 @@ mod words;
 pub use self::{
     error::KernelError,
     flows::{FlowDelta, FlowId, Moved},
+    load::shares,
+    options::{LoadOptions, Mode, Sizes, TcKind},
     prefixes::PrefixChange,
     preflight::check as preflight,
     words::{WordLevel, Words},
@@ -62,159 +61,11 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 /// Where the pins go unless configured otherwise.
 pub const PIN_DIRECTORY: &str = "/sys/fs/bpf/netmon";
 
-/// Which hook sees what arrives. What leaves is always seen by TC.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
-    /// TC ingress: behind GRO, ahead of the firewall.
-    #[default]
-    Tc,
-    /// XDP: ahead of everything else, in the driver where it can, which may interrupt the link for a moment while
-    /// attaching. Interfaces without Ethernet header are watched by TC nevertheless.
-    Xdp,
-}
-
-/// How TC programs are attached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum TcKind {
-    /// TCX where the kernel has it (6.6), else clsact.
-    #[default]
-    Best,
-    /// clsact filters even where the kernel has TCX.
-    Clsact,
-}
-
-/// How to load.
-#[derive(Clone, Debug)]
-pub struct LoadOptions {
-    /// Directory for the pins; its parent must be in a BPF file system.
-    pub pin_dir: PathBuf,
-    /// Which hook sees what arrives.
-    pub mode: Mode,
-    /// How TC programs are attached.
-    pub tc: TcKind,
-    /// Sizes of the maps.
-    pub sizes: Sizes,
-    /// What the programs say of themselves: [`Kernel::words`].
-    pub words: WordLevel,
-}
-
-impl Default for LoadOptions {
-    fn default() -> Self {
-        Self {
-            pin_dir: PIN_DIRECTORY.into(),
-            mode: Mode::default(),
-            tc: TcKind::default(),
-            sizes: Sizes::default(),
-            words: WordLevel::default(),
-        }
-    }
-}
-
-/// Sizes of the maps; the default is what [`netmon_common::abi`] names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sizes {
-    /// Slots in each flow table, over all CPUs: 104 bytes each for IPv4, 136 for IPv6. Rounded down to what the CPUs can share evenly, but
-    /// each has 64 at least.
-    pub flows: u32,
-    /// Prefixes in each trie of private networks.
-    pub lan_prefixes: u32,
-    /// Prefixes in each trie of muted prefixes.
-    pub muted_prefixes: u32,
-    /// Ring buffer, in bytes; rounded up to a power of two of pages.
-    pub ring_bytes: u32,
-}
-
-impl Sizes {
-    /// What a PC's settings may say of [`Self::flows`]. Less than the least is rounded up on most PCs, whose CPUs have 64
-    /// each; the most is a GiB for both tables in the kernel, and 400 MiB of what was read in the agent.
-    pub const FLOWS: RangeInclusive<u64> = 1_024..=4_194_304;
-}
-
-impl Default for Sizes {
-    fn default() -> Self {
-        Self {
-            flows: MAX_FLOWS as u32,
-            lan_prefixes: MAX_LAN_PREFIXES as u32,
-            muted_prefixes: MAX_MUTED_PREFIXES as u32,
-            ring_bytes: RING_BYTES as u32,
-        }
-    }
-}
-
 /// How long a packet may take from the clock's reading to its counts: the time that a virtual CPU may stand still in
 /// between. What takes longer is found by the next sweep of everything.
 const LATE_NS: u64 = 1_000_000_000;
 /// Everything is swept this often.
 pub const SWEEP_ALL_NS: u64 = 10_000_000_000;
-
-/// As many sets for each CPU as `slots` in all allow, in whole regions.
-fn table_layout(slots: u32, cpus: usize) -> Result<TableLayout, KernelError> {
-    let cpus = u32::try_from(cpus.max(1)).unwrap_or(u32::MAX);
-    let region_slots = (REGION_SETS * WAYS) as u32;
-    let regions_each = (slots / cpus / region_slots).max(1);
-    let mut hash_keys = [0; HASH_KEYS];
-    for key in &mut hash_keys {
-        *key = getrandom::u64().map_err(KernelError::Random)?;
-    }
-    Ok(TableLayout { sets: regions_each * REGION_SETS as u32, regions: regions_each * cpus, hash_keys })
-}
-
-/// Loads a program, anew when the verifier was interrupted: it gives up with `EAGAIN` when anything wants the thread's
-/// attention (kernel/bpf/verifier.c, `do_check`).
-fn patiently(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
-    /// The library tries twice in each.
-    const ATTEMPTS: usize = 10;
-    let interrupted = |result: &Result<(), ProgramError>| matches!(result, Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock);
-    let mut result = load();
-    for _ in 1..ATTEMPTS {
-        if !interrupted(&result) {
-            break;
-        }
-        std::thread::yield_now();
-        result = load();
-    }
-    result
-}
-
-fn array(map: &Map) -> Result<&MapData, KernelError> {
-    match map {
-        Map::Array(data) => Ok(data),
-        _ => Err(KernelError::Missing { name: "an array map" }),
-    }
-}
-
-fn memory_error(name: &'static str) -> impl Fn(io::Error) -> KernelError {
-    move |source| KernelError::MapMemory { name, source }
-}
-
-/// One CPU's statistics, word by word.
-fn cpu_stats(mapping: &Mapping, cpu: usize) -> Stats {
-    let first = cpu * (size_of::<CpuStats>() / 8);
-    let word = |offset: usize| mapping.word(first + offset / 8).load(Ordering::Relaxed);
-    macro_rules! read {
-        ($($field:ident),*) => {
-            Stats { $($field: word(std::mem::offset_of!(Stats, $field))),* }
-        };
-    }
-    read!(
-        seen,
-        counted,
-        counted_bytes,
-        not_ip,
-        not_ip_bytes,
-        other_protocol,
-        other_protocol_bytes,
-        malformed,
-        malformed_bytes,
-        table_full,
-        table_full_bytes,
-        ring_full
-    )
-}
-
-/// All TC programs, with what they are called in the kernel.
-const TC_PROGRAMS: [&str; 4] =
-    [programs::TC_INGRESS, programs::TC_EGRESS, programs::TC_L3_INGRESS, programs::TC_L3_EGRESS];
 
 /// The loaded programs and their maps. Dropping it does what [`Kernel::shutdown`] does, and logs failures: an agent
 /// whose start fails leaves nothing behind.
@@ -278,93 +129,6 @@ impl Kernel {
         Self::load_and_pin(options).inspect_err(|_| {
             // The first error is the one to report; what is left over goes at the next start.
             let _ = remove_directory(&directory);
-        })
-    }
-
-    fn load_and_pin(options: LoadOptions) -> Result<Self, KernelError> {
-        let sizes = options.sizes;
-        let cpus = aya::util::nr_cpus().map_err(|(file, source)| KernelError::Cpus { file, source })?;
-        let layout = table_layout(sizes.flows, cpus)?;
-        let sets = layout.regions * REGION_SETS as u32;
-        let words = options.words.number();
-        // The programs keep the ring of their words even when the kernel has taken all its users out of them.
-        let words_bytes = if words == 0 { rustix::param::page_size() as u32 } else { words::RING_BYTES };
-        let mut ebpf = EbpfLoader::new()
-            .override_global(constants::TABLE_LAYOUT, &layout, true)
-            .override_global(words::LEVEL, &words, true)
-            .map_max_entries(words::RING, words_bytes)
-            .map_max_entries(maps::TABLE4, sets)
-            .map_max_entries(maps::TABLE6, sets)
-            .map_max_entries(maps::LIVES, 2 * sets)
-            .map_max_entries(maps::TOUCHED, (2 * layout.regions).div_ceil(STAMPS as u32))
-            .map_max_entries(maps::STATS, cpus as u32)
-            .map_max_entries(maps::LAN4, sizes.lan_prefixes)
-            .map_max_entries(maps::LAN6, sizes.lan_prefixes)
-            .map_max_entries(maps::MUTE4, sizes.muted_prefixes)
-            .map_max_entries(maps::MUTE6, sizes.muted_prefixes)
-            .map_max_entries(maps::EVENTS, sizes.ring_bytes)
-            .load(OBJECT)
-            .map_err(|source| KernelError::Load(Box::new(source)))?;
-        let directory = options.pin_dir.as_path();
-
-        for name in TC_PROGRAMS {
-            let program = tc_program(&mut ebpf, name)?;
-            patiently(|| program.load())
-                .map_err(|source| KernelError::LoadProgram { name, source: Box::new(source) })?;
-            program.pin(directory.join(name)).map_err(pin_error(name, directory))?;
-        }
-        let program = xdp_program(&mut ebpf)?;
-        let name = programs::XDP_INGRESS;
-        patiently(|| program.load())
-            .map_err(|source| KernelError::LoadProgram { name, source: Box::new(source) })?;
-        program.pin(directory.join(name)).map_err(pin_error(name, directory))?;
-
-        let mut take = |name: &'static str| {
-            let map = ebpf.take_map(name).ok_or(KernelError::Missing { name })?;
-            map.pin(directory.join(name)).map_err(pin_error(name, directory))?;
-            Ok(map)
-        };
-        let tries = Tries {
-            lan4: take(maps::LAN4)?,
-            lan6: take(maps::LAN6)?,
-            mute4: take(maps::MUTE4)?,
-            mute6: take(maps::MUTE6)?,
-        };
-        take(maps::FRAGMENTS)?;
-        let shown4 = HashMap::try_from(take(maps::FLOWS4)?).map_err(map_error("open", maps::FLOWS4))?;
-        let shown6 = HashMap::try_from(take(maps::FLOWS6)?).map_err(map_error("open", maps::FLOWS6))?;
-        let regions = layout.regions as usize;
-        let table4 = take(maps::TABLE4)?;
-        let table4 = Table::new(array(&table4)?, regions, 0).map_err(memory_error(maps::TABLE4))?;
-        let table6 = take(maps::TABLE6)?;
-        let table6 = Table::new(array(&table6)?, regions, regions).map_err(memory_error(maps::TABLE6))?;
-        let tables = Shared {
-            touched: Mapping::new(array(&take(maps::TOUCHED)?)?).map_err(memory_error(maps::TOUCHED))?,
-            lives: Mapping::new(array(&take(maps::LIVES)?)?).map_err(memory_error(maps::LIVES))?,
-        };
-        let stats = Mapping::new(array(&take(maps::STATS)?)?).map_err(memory_error(maps::STATS))?;
-        let ring = RingBuf::try_from(take(maps::EVENTS)?).map_err(map_error("open", maps::EVENTS))?;
-        Ok(Self {
-            tcx: options.tc == TcKind::Best,
-            ring_records: sizes.ring_bytes as usize / size_of::<FlowOpened>(),
-            options,
-            pinned: true,
-            attached: BTreeMap::new(),
-            ebpf,
-            tries,
-            table4,
-            table6,
-            tables,
-            shown4,
-            shown6,
-            cpus,
-            stats: Arc::new(stats),
-            generation: 0,
-            positions: RingPositions::new(ring.as_fd()).map_err(memory_error(maps::EVENTS))?,
-            events: ring,
-            refused_records: 0,
-            swept_ns: 0,
-            swept_all_ns: None,
         })
     }
 
@@ -581,7 +345,7 @@ impl Kernel {
     /// What became of every frame since the programs were loaded, over all CPUs. The CPUs are read one after the
     /// other while they count on, so a sum may be a frame apart from another one.
     pub fn stats(&self) -> Stats {
-        (0..self.cpus).map(|cpu| cpu_stats(&self.stats, cpu)).fold(Stats::default(), add)
+        stats::sum(&self.stats, self.cpus)
     }
 
     /// A descriptor of the ring buffer that becomes readable when records arrive (for `AsyncFd`). Readiness is
@@ -646,42 +410,6 @@ fn remove_directory(directory: &Path) -> Result<(), KernelError> {
     })
 }
 
-fn add(a: Stats, b: Stats) -> Stats {
-    Stats {
-        seen: a.seen + b.seen,
-        counted: a.counted + b.counted,
-        counted_bytes: a.counted_bytes + b.counted_bytes,
-        not_ip: a.not_ip + b.not_ip,
-        not_ip_bytes: a.not_ip_bytes + b.not_ip_bytes,
-        other_protocol: a.other_protocol + b.other_protocol,
-        other_protocol_bytes: a.other_protocol_bytes + b.other_protocol_bytes,
-        malformed: a.malformed + b.malformed,
-        malformed_bytes: a.malformed_bytes + b.malformed_bytes,
-        table_full: a.table_full + b.table_full,
-        table_full_bytes: a.table_full_bytes + b.table_full_bytes,
-        ring_full: a.ring_full + b.ring_full,
-    }
-}
-
-fn tc_program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, KernelError> {
-    match ebpf.program_mut(name) {
-        Some(Program::SchedClassifier(program)) => Ok(program),
-        _ => Err(KernelError::Missing { name }),
-    }
-}
-
-fn xdp_program(ebpf: &mut Ebpf) -> Result<&mut Xdp, KernelError> {
-    match ebpf.program_mut(programs::XDP_INGRESS) {
-        Some(Program::Xdp(program)) => Ok(program),
-        _ => Err(KernelError::Missing { name: programs::XDP_INGRESS }),
-    }
-}
-
 fn map_error(action: &'static str, name: &'static str) -> impl Fn(MapError) -> KernelError {
     move |source| KernelError::Map { action, name, source: Box::new(source) }
-}
-
-fn pin_error(name: &'static str, directory: &Path) -> impl Fn(aya::pin::PinError) -> KernelError {
-    let directory = directory.to_owned();
-    move |source| KernelError::Pin { name, directory: directory.clone(), source }
 }
