@@ -86,6 +86,7 @@ pub async fn examine(config: Option<&Path>, state: &Path, log: &Path, runtime: &
     );
 
     found("interfaces", interfaces(&config).await);
+    found("flow tables", flow_tables(&config));
 
     found(
         "udev",
@@ -154,6 +155,25 @@ async fn interfaces(config: &Config) -> Finding {
         ));
     }
     Finding::Good(format!("would watch {}{left}", watched.join(", ")))
+}
+
+/// With fewer slots for each CPU, flows of a busy PC push each other out.
+const FEW_SLOTS: u32 = 2_048;
+
+fn flow_tables(config: &Config) -> Finding {
+    let slots = u32::try_from(config.capture.flows).unwrap_or(u32::MAX);
+    match kernel::shares(slots) {
+        Err(error) => Finding::Bad(chain(&error)),
+        Ok((each, cpus)) if each < FEW_SLOTS => {
+            let wanted = u64::from(FEW_SLOTS) * u64::from(cpus);
+            Finding::Weak(format!(
+                "{each} slots in each table for each of the {cpus} CPUs that this PC can have: with many flows at once, set capture.flows to {wanted}"
+            ))
+        }
+        Ok((each, cpus)) => Finding::Good(format!(
+            "{each} slots in each table for each of the {cpus} CPUs that this PC can have"
+        )),
+    }
 }
 
 /// Stands under the text of a check.
