@@ -125,7 +125,7 @@ impl Options {
                 many::run(pair, many::Plan { rounds: pick(2, 5), packets, quick: self.quick })
             }
             Section::Flood => flood::run(pair, flood::Plan { rounds: pick(1, 5), length: seconds(2, 5) }),
-            Section::Tcp => tcp::run(pair, tcp::Plan { rounds: pick(2, 7), length: seconds(2, 5) }),
+            Section::Tcp => tcp::run(pair, tcp::Plan { rounds: pick(10, 120) }),
             Section::Idle => idle::run(pair, seconds(5, 20)),
             Section::Fresh => fresh::run(pair, fresh::Plan { rate: 100_000, length: seconds(2, 5) }),
         }
