@@ -32,7 +32,7 @@ use crate::usb::UsbOutput;
 const SECOND_NS: u64 = 1_000_000_000;
 /// Flows that are shown under `bpftool` in a second, one system call each; the others wait for the next one.
 const SHOWN_AT_ONCE: usize = 1_000;
-/// A sweep that comes this late may have let two bursts run into one.
+/// A sweep that comes this long after the one before may have let two bursts run into one.
 const STALLED_NS: u64 = 2 * SECOND_NS;
 
 /// RFC 1918, RFC 3927, RFC 4193, RFC 4291 (2.5.6).
@@ -185,7 +185,9 @@ impl Watch {
 
     /// Boot time at which [`Watch::due`] wants to be called.
     pub fn due_ns(&self) -> u64 {
-        self.timers.sweep.due_ns()
+        let Timers { sweep, next_second, .. } = &self.timers;
+        // What is done once a second waits for the nearest sweep, unless that is far.
+        if sweep.due_ns() > next_second + pace::USUAL_NS / 2 { *next_second } else { sweep.due_ns() }
     }
 
     /// The ring has records: new flows, whose counters are in the tables, so that these are to be swept soon; or what flows
@@ -262,9 +264,9 @@ impl Watch {
 
     /// To be called before a sweep, the last one included: nobody else knows how late it comes.
     fn record_stall(&mut self, now: &Now) {
-        let late = now.boot_ns.saturating_sub(self.timers.sweep.due_ns());
-        if late >= STALLED_NS {
-            let from_wall_ns = now.wall_at(self.timers.sweep.began_ns());
+        let last_ns = self.timers.sweep.began_ns();
+        if now.boot_ns.saturating_sub(last_ns) >= STALLED_NS {
+            let from_wall_ns = now.wall_at(last_ns);
             let reason = GapReason::AgentStalled;
             self.recorder
                 .record(now, Event::Gap(Gap { reason, from_wall_ns, to_wall_ns: now.wall_ns, count: None }));

@@ -235,8 +235,8 @@ impl Counts {
         (self.tx_payload | self.rx_payload) & PAYLOAD != 0
     }
 
-    /// First packet after the latest silence of [`SILENCE_NS`], or of all, in ticks of [`TICK_NS`]; wraps. Each 2^48 bytes of
-    /// payload in one burst shift it: nobody looks at it any more by then.
+    /// First packet after the latest silence of [`SILENCE_NS`], or of all, in ticks of [`TICK_NS`]; wraps. A payload counter
+    /// that wraps shifts it, which costs no count: the reader knows when the flow was last seen.
     pub const fn burst_tick(&self) -> u32 {
         (self.tx_payload >> PAYLOAD_BITS) as u32 | ((self.rx_payload >> PAYLOAD_BITS) as u32) << 16
     }

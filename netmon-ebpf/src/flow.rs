@@ -46,7 +46,7 @@ impl Direction {
 }
 
 /// Silence in ticks, as `Counts::last_tick` is.
-const SILENCE_TICKS: u32 = (SILENCE_NS / TICK_NS) as u32;
+const SILENCE_TICKS: u32 = SILENCE_NS.div_ceil(TICK_NS) as u32;
 
 /// Keeps the compiler from moving writes from one side of it to the other.
 #[inline(always)]

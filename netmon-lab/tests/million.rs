@@ -114,7 +114,8 @@ fn every_flow_is_exact(name: &str, shape: Shape, flows: u32, sizes: Sizes) {
             largest.join(", "),
             mib(agent.process.saturating_sub(without))
         );
-        // A slot takes 96 bytes in the IPv4 table and 128 in the other; tries, ring and the maps for people have their own limits.
+        // A slot takes 96 bytes in the IPv4 table and 128 in the other; tries, ring and the maps for people have their own
+        // limits.
         const OTHERS: u64 = 32 << 20;
         assert!(kernel <= (96 + 128) * u64::from(sizes.flows) + OTHERS, "{name}: {kernel} bytes");
         Ok(())

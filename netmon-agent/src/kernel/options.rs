@@ -38,7 +38,7 @@ pub struct LoadOptions {
     pub tc: TcKind,
     /// Sizes of the maps.
     pub sizes: Sizes,
-    /// What the programs say of themselves: [`Kernel::words`].
+    /// What the programs say of themselves: [`super::Kernel::words`].
     pub words: WordLevel,
 }
 

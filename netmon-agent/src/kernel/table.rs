@@ -191,18 +191,27 @@ pub(super) enum Scope {
     Since(u64),
 }
 
-impl Scope {
-    /// As [`stamp`]s, for a reading at `now_ns`: the first that belongs to it, and how many it is long.
-    fn stamps(self, now_ns: u64) -> (u16, u16) {
-        match self {
-            // What comes again after so many stamps is looked at without need. It was all that was ever written to.
-            Self::Since(since) if now_ns.saturating_sub(since) >> STAMP_SHIFT < u64::from(u16::MAX) - 3 => {
-                let first = stamp(since);
-                // Another CPU's clock may have been read a moment after ours, and 0 is left out.
-                (first, stamp(now_ns).wrapping_sub(first).wrapping_add(2))
-            }
-            _ => (0, u16::MAX),
-        }
+/// A [`Scope`] in terms of the regions' [`stamp`]s.
+#[derive(Clone, Copy)]
+struct Stamps {
+    first: u16,
+    length: u16,
+}
+
+/// Packets go on writing while a sweep reads, and a process may be held up in the middle of it: 69 s.
+const AHEAD: u64 = 1 << 10;
+
+impl Stamps {
+    fn of(scope: Scope, now_ns: u64) -> Self {
+        let all = Self { first: 0, length: u16::MAX };
+        let Scope::Since(since_ns) = scope else { return all };
+        let length = (now_ns.saturating_sub(since_ns) >> STAMP_SHIFT) + AHEAD;
+        u16::try_from(length).map_or(all, |length| Self { first: stamp(since_ns), length })
+    }
+
+    /// Is a region with this stamp to be read? One that was written to 73 minutes ago is read without need.
+    fn include(self, at: u16) -> bool {
+        at != 0 && at.wrapping_sub(self.first) <= self.length
     }
 }
 
@@ -243,10 +252,10 @@ impl<L: Layout> Table<L> {
 
     /// Reads what has moved. Slots that changed hands wait for [`Self::read_changed`].
     pub fn read(&mut self, shared: &Shared, scope: Scope, now_ns: u64, out: &mut Vec<FlowDelta>) {
-        let (first, length) = scope.stamps(now_ns);
+        let stamps = Stamps::of(scope, now_ns);
         for region in 0..self.regions {
             let at = shared.touched.quarter(self.first_region + region).load(Ordering::Relaxed);
-            if at != 0 && at.wrapping_sub(first) <= length {
+            if stamps.include(at) {
                 for slot in region * REGION_SLOTS..(region + 1) * REGION_SLOTS {
                     self.read_slot(shared, slot, false, now_ns, out);
                 }
@@ -375,7 +384,9 @@ fn delta<L: Layout>(slot: &L, life: &Life, seen: &Seen, now_ns: u64) -> Option<F
         let (last_ns, seen_ns) = (time_of(counts.last_tick, now_ns), time_of(seen.last_tick, now_ns));
         // A burst that is longer than a tick can tell seems to be yet to come.
         let burst_ns = Some(time_of(counts.burst_tick(), now_ns)).filter(|&burst_ns| burst_ns <= last_ns);
-        (burst_ns.unwrap_or_default().max(seen_ns).min(last_ns), last_ns)
+        // The clock of the first packet is read exactly, and those that follow may be of the tick before it.
+        let last_ns = last_ns.max(life.first_ns);
+        (burst_ns.unwrap_or_default().max(seen_ns).max(life.first_ns).min(last_ns), last_ns)
     };
     (moved != Moved::default()).then(|| FlowDelta {
         flow: slot.flow(),
@@ -489,20 +500,54 @@ mod tests {
     fn a_region_is_looked_at_if_it_was_written_to_lately_whatever_its_stamps_have_come_to() {
         const SECOND: u64 = 1_000_000_000;
         let looks = |at_ns: u64, since_ns: u64, now_ns: u64| {
-            let (first, length) = Scope::Since(since_ns).stamps(now_ns);
-            stamp(at_ns).wrapping_sub(first) <= length
+            Stamps::of(Scope::Since(since_ns), now_ns).include(stamp(at_ns))
         };
         // Over all values that a stamp can have, and where they begin again.
         for now_ns in (NOW..NOW + 5_000 * SECOND).step_by(10_000_019) {
             assert!(looks(now_ns, now_ns - SECOND, now_ns));
+            // Written to while it is read.
             assert!(looks(now_ns + TICK_NS, now_ns - SECOND, now_ns));
+            assert!(looks(now_ns + 60 * SECOND, now_ns - SECOND, now_ns));
             assert!(looks(now_ns - SECOND, now_ns - SECOND, now_ns));
             assert!(!looks(now_ns - 2 * SECOND, now_ns - SECOND, now_ns));
             assert!(!looks(now_ns - 3_600 * SECOND, now_ns - SECOND, now_ns));
             // Who was away for so long looks everywhere.
             assert!(looks(now_ns - 2 * SECOND, now_ns - 5_000 * SECOND, now_ns));
         }
-        assert_eq!(Scope::Everything.stamps(NOW), (0, u16::MAX));
+        for at in [1, 2, 0x8000, u16::MAX] {
+            assert!(Stamps::of(Scope::Everything, NOW).include(at));
+        }
+        // Never written to.
+        assert!(!Stamps::of(Scope::Everything, NOW).include(0));
+    }
+
+    #[test]
+    fn a_region_that_is_written_to_while_it_is_read_is_not_passed_by() {
+        let mut hand = Hand::new();
+        hand.write(1, 50);
+        let read = |hand: &mut Hand, at_ns: u64| {
+            hand.shared.touched.quarter(0).store(stamp(at_ns), Ordering::Relaxed);
+            let mut out = Vec::new();
+            hand.table.read(&hand.shared, Scope::Since(NOW - 1_000_000_000), NOW, &mut out);
+            sum(&out)
+        };
+        assert_eq!(read(&mut hand, NOW - 9_000_000_000), 0);
+        assert_eq!(read(&mut hand, NOW + 9_000_000_000), 50);
+    }
+
+    #[test]
+    fn no_delta_of_a_flow_begins_before_its_first_packet() {
+        let (tick, first_ns) = ((NOW >> TICK_SHIFT) as u32, NOW + TICK_NS / 2);
+        let counted = |packets: u32| {
+            let mut slot = slot(packets, NOW);
+            (slot.counts.tx_payload, slot.counts.rx_payload) = Counts::payloads(0, 0, tick);
+            slot
+        };
+        let life = Life { first_ns, ..LIFE };
+        let first = delta(&counted(1), &life, &Seen::default(), NOW).unwrap();
+        let second = delta(&counted(2), &life, &seen_of(&counted(1), &life), NOW).unwrap();
+        assert_eq!((first.first_ns, first.last_ns), (first_ns, first_ns));
+        assert_eq!((second.first_ns, second.last_ns), (first_ns, first_ns));
     }
 
     #[test]

@@ -84,8 +84,8 @@ pub fn run(pair: &Pair, plan: Plan) -> Result<Findings> {
                  and the least in brackets. Everything is loaded anew in each round. `netmon` has its default tables, \
                  `netmon, sized` has two slots for each flow on the CPU that sees it, `hash` an entry for each flow. \
                  `counted` is what netmon counted in a flow; the rest was refused, and a refusal costs something else \
-                 than counting. The user-space side empties the ring and sweeps the tables meanwhile, as often as the \
-                 agent does; it keeps nothing of what it reads.",
+                 than counting. The user-space side empties the ring and sweeps the tables meanwhile, at the \
+                 agent's pace; it keeps nothing of what it reads.",
                 plan.rounds, plan.packets
             ),
             &[

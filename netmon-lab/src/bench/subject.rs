@@ -30,7 +30,7 @@ const IP_TXT: &str = include_str!("../../../ip.txt");
 /// Label of all that is in it: who it is does not matter here.
 const LIST_LABEL: u16 = 1;
 
-fn now_ns() -> u64 {
+fn boot_ns() -> u64 {
     Now::read().boot_ns
 }
 
@@ -181,7 +181,7 @@ impl Netmon {
             readings: Readings::default(),
             mode,
             pins,
-            pace: Pace::new(now_ns()),
+            pace: Pace::new(boot_ns()),
             ifindex,
         })
     }
@@ -211,11 +211,11 @@ impl Netmon {
             Err(error) => return Err(error).context("cannot wait for the ring"),
         }
         self.readings.drain(&mut self.kernel);
-        let now_ns = now_ns();
-        if now_ns >= self.pace.due_ns() {
-            self.pace.begin(now_ns);
+        let now = boot_ns();
+        if now >= self.pace.due_ns() {
+            self.pace.begin(now);
             self.readings.sweep(&mut self.kernel);
-            self.pace.end(self::now_ns());
+            self.pace.end(boot_ns());
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! TCP throughput: what is left of it while somebody watches.
 
 use std::fs;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -124,7 +125,7 @@ impl Connection {
 
         let mut command = pair.sender().command("iperf3");
         command.args(["--client", RECEIVER, "--time", "86400"]);
-        if std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) {
+        if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) {
             command.args(["--affinity", "0,1"]);
         }
         let output = pair.directory().join("iperf3-client.txt");
@@ -191,6 +192,6 @@ fn arrived() -> Result<u64> {
 
 /// Local address 0A63:0002, port 5201, state LISTEN, as `/proc/net/tcp` writes it.
 fn listens(pair: &Pair) -> bool {
-    let sockets = std::fs::read_to_string(format!("/proc/{}/net/tcp", pair.receiver().holder_pid()));
+    let sockets = fs::read_to_string(format!("/proc/{}/net/tcp", pair.receiver().holder_pid()));
     sockets.is_ok_and(|sockets| sockets.lines().any(|line| line.contains(":1451 ") && line.contains(" 0A ")))
 }
