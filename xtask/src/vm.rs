@@ -116,9 +116,14 @@ fn boot(kernel: &kernel::Kernel, initrd: &Path, directory: &Path, time_limit: u6
         match machine::run(&kernel.image, initrd, directory, time_limit)? {
             Outcome::Ended(status) => return Ok(status),
             Outcome::NeverBooted => println!("vm: the guest did not boot, trying again"),
+            Outcome::Misled => {
+                println!("vm: the guest died of a breakpoint that the emulator kept, trying again")
+            }
         }
     }
-    bail!("the guest did not boot {BOOT_ATTEMPTS} times; see the console's output above")
+    bail!(
+        "the guest did not come to its command's end in {BOOT_ATTEMPTS} attempts; see the console's output above"
+    )
 }
 
 /// `FILE` or `FILE:GUEST`.
