@@ -13,7 +13,8 @@ use netmon_common::abi::{
 
 use super::{
     Kernel, KernelError, LoadOptions, OBJECT, TcKind, Tries, cpus, map_error,
-    table::{Mapping, RingPositions, Shared, Table},
+    mapping::{Mapping, RingPositions},
+    table::{Shared, Table},
     words,
 };
 

@@ -28,7 +28,8 @@ use netmon_common::{
 
 use self::{
     flows::{Record, ShownKey},
-    table::{Mapping, RingPositions, Scope, Shared, Table},
+    mapping::{Mapping, RingPositions},
+    table::{Scope, Shared, Table},
 };
 
 mod attach;
@@ -36,6 +37,7 @@ mod cpus;
 mod error;
 mod flows;
 mod load;
+mod mapping;
 mod netlink;
 mod options;
 mod prefixes;

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use netmon_common::abi::{CpuStats, Stats};
 
-use super::table::Mapping;
+use super::mapping::Mapping;
 
 /// Sums over so many CPUs.
 pub(super) fn sum(mapping: &Mapping, cpus: usize) -> Stats {

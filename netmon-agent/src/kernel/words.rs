@@ -14,7 +14,7 @@ use aya_log::{EbpfLogger, Level};
 use log::{Log, Metadata, Record};
 use netmon_common::abi::CpuStats;
 
-use super::{KernelError, table::Mapping};
+use super::{KernelError, mapping::Mapping};
 
 /// The ring in which the programs' words wait; its name is aya-log's.
 pub(super) const RING: &str = "AYA_LOGS";
