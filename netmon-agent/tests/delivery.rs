@@ -320,6 +320,9 @@ async fn serve(
     loop {
         let message = read_frame::<ToServer>(&mut receive).await?;
         let answer = match message {
+            other @ (ToServer::About(_) | ToServer::Heartbeat(_) | ToServer::Renew { .. }) => {
+                panic!("{other:?} is not of this version")
+            }
             ToServer::Hello(hello) => {
                 assert_eq!(hello.hostname, Raw::from("pc17"));
                 let mut store = store.lock().unwrap();
@@ -338,7 +341,8 @@ async fn serve(
                     ToAgent::Resume { next_seq: *next }
                 } else {
                     let mut store = store.lock().unwrap();
-                    for (seq, bytes) in (batch.first_seq..).zip(batch.unpack().unwrap()) {
+                    for (seq, item) in (batch.first_seq..).zip(batch.unpack().unwrap()) {
+                        let wire::Item::Record(bytes) = item else { panic!("a hole") };
                         let record = Record::from_bytes(&bytes).unwrap();
                         assert_eq!(record.seq, seq);
                         if seq == *next {

@@ -1,6 +1,7 @@
 //! Agent ↔ server on the event connection.
 //!
-//! One QUIC connection (ALPN [`ALPN`], mutual TLS), one bidirectional stream that the agent opens. Both
+//! One QUIC connection (mutual TLS), one bidirectional stream that the agent opens. Which version of the conversation is
+//! spoken is agreed upon in the handshake (ALPN, RFC 7301): each side speaks this one and the one before. Both
 //! directions carry frames:
 //!
 //! ```text
@@ -9,22 +10,33 @@
 //! payload: postcard of ToServer / ToAgent
 //! ```
 //!
-//! The agent says [`ToServer::Hello`], the server answers [`ToAgent::Welcome`] with the number that it expects
+//! Version 1: the agent says [`ToServer::Hello`], the server answers [`ToAgent::Welcome`] with the number that it expects
 //! next, and from there on the agent sends [`ToServer::Batch`]es in order. [`ToAgent::Ack`] is cumulative and
-//! sent after the store's commit. [`ToAgent::Resume`] asks to go on from another number (after a gap).
+//! sent after the store's commit. [`ToAgent::Resume`] asks to go on from another number (after a gap). Answers come in
+//! the order of what they answer.
+//!
+//! Version 2, besides: the agent's first frame is [`ToServer::About`]. A hello is answered by [`ToAgent::Expect`], which
+//! also tells what the server's newest record looks like. Batches may hold holes ([`Item::Hole`]). [`ToServer::Heartbeat`]
+//! says "still watching" and is answered by [`ToAgent::Heard`]; [`ToServer::Renew`] asks for a new certificate, answered by
+//! [`ToAgent::Renewed`].
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
-use crate::model::MAX_RECORD;
+use crate::model::{Coverage, MAX_RECORD};
 use crate::raw::Raw;
 
-/// ALPN of the event connection.
-pub const ALPN: &[u8] = b"netmon/1";
+/// ALPN of the event connection in the version before this one.
+pub const ALPN_1: &[u8] = b"netmon/1";
+/// ALPN of the event connection in this version.
+pub const ALPN: &[u8] = b"netmon/2";
 /// TLS server name that the server's certificate carries and every agent asks for. Addresses are not names.
 pub const SERVER_NAME: &str = "netmon-server";
-/// Version of this conversation. The server refuses what it does not speak, and says so.
-pub const VERSION: u16 = 1;
+/// Version of this conversation.
+pub const VERSION: u16 = 2;
+/// What the handshake offers or takes, best first.
+pub const ALPNS: [&[u8]; 2] = [ALPN, ALPN_1];
 /// Default UDP port of the event listener.
 pub const DEFAULT_PORT: u16 = 7443;
 /// Longest payload of a frame, in bytes.
@@ -35,14 +47,83 @@ pub const MAX_BATCH_RECORDS: u32 = 500;
 pub const MAX_BATCH_BYTES: usize = 1024 * 1024;
 /// Bytes in front of each frame's payload.
 pub const FRAME_HEADER: usize = 8;
+/// Batches that may wait for their acks on a connection.
+pub const WINDOW: usize = 4;
+/// An agent says "still watching" this often, in nanoseconds of its boot clock.
+pub const HEARTBEAT_NS: u64 = 4_000_000_000;
+
+/// The version that the handshake agreed upon; `None`: no protocol of netmon's events.
+pub fn version(alpn: &[u8]) -> Option<u16> {
+    match alpn {
+        ALPN => Some(2),
+        ALPN_1 => Some(1),
+        _ => None,
+    }
+}
 
 /// What the agent says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToServer {
     /// First frame.
     Hello(Hello),
-    /// Records `first_seq .. first_seq + count`.
+    /// Records from `first_seq` on.
     Batch(Batch),
+    /// From version 2 on the first frame.
+    About(About),
+    /// Still watching. From version 2 on.
+    Heartbeat(Heartbeat),
+    /// Asks for a certificate for a new key of this agent. From version 2 on.
+    Renew {
+        /// PKCS #10 request, DER (RFC 2986), at most [`crate::enroll::MAX_DER`] bytes: its public key counts and nothing else.
+        csr_der: Vec<u8>,
+    },
+}
+
+/// Which of an agent's lives calls.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    /// The agent's version, for people.
+    pub agent_version: Raw,
+    /// The PC's host name: a label, not an identity.
+    pub hostname: Raw,
+    /// `/proc/sys/kernel/random/boot_id`: another one after each boot.
+    pub boot_id: [u8; 16],
+    /// How often the agent had been started with its spool.
+    pub run: u32,
+    /// A random number of this process.
+    pub instance: u64,
+    /// Connections that this process made so far, this one included: grows with each.
+    pub connect: u32,
+    /// The newest checkpoint that a server gave this agent: a witness against a store that was set back.
+    pub witness: Option<Checkpoint>,
+}
+
+/// "Still watching", from the loop that watches: it stops when that does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// When it was made, boot clock.
+    pub boot_ns: u64,
+    /// When it was made, the PC's wall clock.
+    pub wall_ns: i64,
+    /// What is covered, and every loss counter.
+    pub coverage: Coverage,
+    /// Bytes in the spool.
+    pub spool_bytes: u64,
+    /// Wall clock of the oldest record that waits for the server; `None`: none waits.
+    pub oldest_wall_ns: Option<i64>,
+}
+
+/// What a server says of an agent's history: it had `size` items, and the chain over them ended in `head`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Items: records, gaps and notices.
+    pub size: u64,
+    /// The chain's newest link.
+    pub head: [u8; 32],
+    /// When it was signed, the server's clock.
+    pub signed_ns: i64,
+    /// Ed25519 (RFC 8032) over the server's statement; in two halves.
+    pub signature: [[u8; 32]; 2],
 }
 
 /// Who calls, and with which history.
@@ -67,10 +148,30 @@ pub struct Batch {
     pub epoch: u64,
     /// Number of the first record.
     pub first_seq: u64,
-    /// Number of records, at most [`MAX_BATCH_RECORDS`].
+    /// Number of items, at most [`MAX_BATCH_RECORDS`].
     pub count: u32,
-    /// zstd of: for each record, its length as u16 little-endian, then its bytes.
+    /// zstd of the items: for each record, its length as u16 little-endian, then its bytes; for each hole, 0xffff as
+    /// u16, then its records as u64 little-endian (from version 2 on).
     pub records: Vec<u8>,
+}
+
+/// One item of a batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Item {
+    /// A record's bytes, as the agent's spool has them.
+    Record(Vec<u8>),
+    /// So many records gave way in the agent's spool and can never come.
+    Hole(u64),
+}
+
+impl Item {
+    /// Numbers that it takes: one for a record.
+    pub fn span(&self) -> u64 {
+        match self {
+            Self::Record(_) => 1,
+            Self::Hole(count) => *count,
+        }
+    }
 }
 
 /// What the server says.
@@ -100,6 +201,33 @@ pub enum ToAgent {
         /// Why, for people.
         reason: Raw,
     },
+    /// Answer to a hello from version 2 on: go on from this record.
+    Expect {
+        /// The record that the server expects next in this epoch.
+        next_seq: u64,
+        /// [`fingerprint`] of the record before that one, where the server has it: a spool that has another one under
+        /// this number was set back to an older state, and needs a new epoch.
+        last: Option<[u8; 16]>,
+    },
+    /// Answer to a heartbeat.
+    Heard {
+        /// The server's clock.
+        server_ns: i64,
+        /// The newest checkpoint of this agent's history.
+        checkpoint: Option<Checkpoint>,
+    },
+    /// Answer to [`ToServer::Renew`].
+    Renewed {
+        /// The certificate for the new key, DER; empty: not now, ask again another day.
+        certificate_der: Vec<u8>,
+    },
+}
+
+/// What a record is recognised by: the first half of the SHA-256 of its bytes.
+pub fn fingerprint(record: &[u8]) -> [u8; 16] {
+    let mut half = [0; 16];
+    half.copy_from_slice(&Sha256::digest(record)[..16]);
+    half
 }
 
 /// Why bytes are not a frame or not a batch. The peer is at fault; the connection is closed.
@@ -184,24 +312,39 @@ pub struct BatchBuilder {
     plain: Vec<u8>,
 }
 
+/// Stands for a record's length where there is a hole instead: no record is that long.
+const HOLE: u16 = u16::MAX;
+
 impl BatchBuilder {
-    /// Adds a record's bytes; false, and nothing added, when the batch is full.
+    /// Adds an item; false, and nothing added, when the batch is full.
     ///
     /// A record over [`MAX_RECORD`] bytes is refused the same way: none such is ever spooled.
-    pub fn push(&mut self, record: &[u8]) -> bool {
+    pub fn push(&mut self, item: &Item) -> bool {
+        let length = match item {
+            Item::Record(record) if record.len() > MAX_RECORD => return false,
+            Item::Record(record) => record.len(),
+            Item::Hole(_) => size_of::<u64>(),
+        };
         if self.count >= MAX_BATCH_RECORDS
-            || record.len() > MAX_RECORD
-            || self.plain.len() + 2 + record.len() > MAX_BATCH_BYTES.min(MAX_FRAME / 2)
+            || self.plain.len() + 2 + length > MAX_BATCH_BYTES.min(MAX_FRAME / 2)
         {
             return false;
         }
-        self.plain.extend_from_slice(&(record.len() as u16).to_le_bytes());
-        self.plain.extend_from_slice(record);
+        match item {
+            Item::Record(record) => {
+                self.plain.extend_from_slice(&(length as u16).to_le_bytes());
+                self.plain.extend_from_slice(record);
+            }
+            Item::Hole(count) => {
+                self.plain.extend_from_slice(&HOLE.to_le_bytes());
+                self.plain.extend_from_slice(&count.to_le_bytes());
+            }
+        }
         self.count += 1;
         true
     }
 
-    /// Records so far.
+    /// Items so far.
     pub fn count(&self) -> u32 {
         self.count
     }
@@ -220,37 +363,56 @@ impl BatchBuilder {
     }
 }
 
-const _: () = assert!(MAX_RECORD <= u16::MAX as usize);
+const _: () = assert!(MAX_RECORD < HOLE as usize);
 
 impl Batch {
-    /// The records' bytes, in order, as the agent's spool has them.
+    /// The items, in order.
     ///
     /// # Errors
     /// [`WireError::Batch`]: too many, too large, count and content differ, sequence numbers overflow.
-    pub fn unpack(&self) -> Result<Vec<Vec<u8>>, WireError> {
+    pub fn unpack(&self) -> Result<Vec<Item>, WireError> {
         if self.count == 0 || self.count > MAX_BATCH_RECORDS {
             return Err(WireError::Batch("number of records"));
         }
-        if self.first_seq == 0 || self.first_seq.checked_add(u64::from(self.count)).is_none() {
+        if self.first_seq == 0 {
             return Err(WireError::Batch("sequence numbers"));
         }
         let plain = zstd::bulk::decompress(&self.records, MAX_BATCH_BYTES)
             .map_err(|_| WireError::Batch("does not decompress within its limit"))?;
         let mut rest = plain.as_slice();
-        let mut records = Vec::with_capacity(self.count as usize);
+        let mut items = Vec::with_capacity(self.count as usize);
+        let mut next_seq = self.first_seq;
         while let Some((length, behind)) = rest.split_first_chunk::<2>() {
-            let length = usize::from(u16::from_le_bytes(*length));
-            if length > MAX_RECORD || records.len() == self.count as usize {
-                return Err(WireError::Batch("a record's length or the number of records"));
+            if items.len() == self.count as usize {
+                return Err(WireError::Batch("more items than it says"));
             }
-            let record = behind.get(..length).ok_or(WireError::Batch("a record is cut off"))?;
-            records.push(record.to_vec());
-            rest = &behind[length..];
+            let item = match u16::from_le_bytes(*length) {
+                HOLE => {
+                    let (count, behind) =
+                        behind.split_first_chunk().ok_or(WireError::Batch("a hole is cut off"))?;
+                    rest = behind;
+                    Item::Hole(u64::from_le_bytes(*count))
+                }
+                length => {
+                    let length = usize::from(length);
+                    if length > MAX_RECORD {
+                        return Err(WireError::Batch("a record's length"));
+                    }
+                    let record = behind.get(..length).ok_or(WireError::Batch("a record is cut off"))?;
+                    rest = &behind[length..];
+                    Item::Record(record.to_vec())
+                }
+            };
+            if item.span() == 0 {
+                return Err(WireError::Batch("an empty hole"));
+            }
+            next_seq = next_seq.checked_add(item.span()).ok_or(WireError::Batch("sequence numbers"))?;
+            items.push(item);
         }
-        if !rest.is_empty() || records.len() != self.count as usize {
+        if !rest.is_empty() || items.len() != self.count as usize {
             return Err(WireError::Batch("count and content differ"));
         }
-        Ok(records)
+        Ok(items)
     }
 }
 
@@ -265,10 +427,19 @@ mod tests {
 
     fn batch() -> Batch {
         let mut builder = BatchBuilder::default();
-        assert!(builder.push(b"one"));
-        assert!(builder.push(b""));
-        assert!(builder.push(b"three"));
+        for item in items() {
+            assert!(builder.push(&item));
+        }
         builder.finish(7, 41).unwrap()
+    }
+
+    fn items() -> [Item; 4] {
+        [
+            Item::Record(b"one".into()),
+            Item::Record(Vec::new()),
+            Item::Hole(1 << 40),
+            Item::Record(b"three".into()),
+        ]
     }
 
     #[test]
@@ -295,15 +466,15 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_unpacks_to_its_records() {
-        assert_eq!(batch().unpack().unwrap(), [b"one".to_vec(), b"".to_vec(), b"three".to_vec()]);
+    fn a_batch_unpacks_to_its_items() {
+        assert_eq!(batch().unpack().unwrap(), items());
     }
 
     #[test]
     fn a_batch_that_lies_about_itself_is_refused() {
         let lies: [fn(&mut Batch); 5] = [
-            |b| b.count = 2,
-            |b| b.count = 4,
+            |b| b.count = 3,
+            |b| b.count = 5,
             |b| b.count = MAX_BATCH_RECORDS + 1,
             |b| b.first_seq = u64::MAX,
             |b| b.records.truncate(5),
@@ -312,6 +483,55 @@ mod tests {
             let mut batch = batch();
             lie(&mut batch);
             assert!(matches!(batch.unpack(), Err(WireError::Batch(_))), "{batch:?}");
+        }
+    }
+
+    #[test]
+    fn a_hole_is_neither_empty_nor_longer_than_the_numbers() {
+        for hole in [0, u64::MAX - 40] {
+            let mut builder = BatchBuilder::default();
+            builder.push(&Item::Hole(hole));
+            assert!(matches!(builder.finish(7, 41).unwrap().unpack(), Err(WireError::Batch(_))), "{hole}");
+        }
+    }
+
+    /// What is on the wire must not change: agents and servers are updated one after the other.
+    #[test]
+    fn the_encoding_of_both_versions_stays() {
+        let hex = |message: &ToServer| {
+            crate::enroll::Hex(&encode_frame(message).unwrap()[FRAME_HEADER..]).to_string()
+        };
+        let hello =
+            Hello { version: 1, agent_version: "1".into(), hostname: "pc".into(), epoch: 300, oldest_seq: 2 };
+        assert_eq!(hex(&ToServer::Hello(hello)), "00010131027063ac0202");
+        let batch = Batch { epoch: 1, first_seq: 2, count: 3, records: vec![0xff] };
+        assert_eq!(hex(&ToServer::Batch(batch)), "0101020301ff");
+        let about = About {
+            agent_version: "2".into(),
+            hostname: "pc".into(),
+            boot_id: [1; 16],
+            run: 3,
+            instance: 4,
+            connect: 5,
+            witness: None,
+        };
+        assert_eq!(
+            hex(&ToServer::About(about)),
+            "02013202706301010101010101010101010101010101030405 00".replace(' ', "")
+        );
+        assert_eq!(hex(&ToServer::Renew { csr_der: vec![7] }), "040107");
+        let answers = [
+            (ToAgent::Welcome { version: 1, next_seq: 2 }, "000102"),
+            (ToAgent::Ack { epoch: 1, seq: 300 }, "0101ac02"),
+            (ToAgent::Resume { next_seq: 2 }, "0202"),
+            (ToAgent::Refused { reason: "no".into() }, "03026e6f"),
+            (ToAgent::Expect { next_seq: 2, last: None }, "040200"),
+            (ToAgent::Heard { server_ns: 1, checkpoint: None }, "050200"),
+            (ToAgent::Renewed { certificate_der: vec![] }, "0600"),
+        ];
+        for (answer, expected) in answers {
+            let bytes = encode_frame(&answer).unwrap();
+            assert_eq!(crate::enroll::Hex(&bytes[FRAME_HEADER..]).to_string(), expected);
         }
     }
 

@@ -328,6 +328,9 @@ impl Conversation<'_> {
         match message {
             ToServer::Hello(hello) => self.hello(hello).await,
             ToServer::Batch(batch) => self.batch(batch).await,
+            ToServer::About(_) | ToServer::Heartbeat(_) | ToServer::Renew { .. } => {
+                Err(End::Fault("a message that has no place here".into()))
+            }
         }
     }
 

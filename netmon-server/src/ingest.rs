@@ -4,6 +4,7 @@
 //! history is therefore a run of records without holes, or a hole that was named when it was found.
 
 use netmon_common::model::{Event, Record, RecordError};
+use netmon_common::wire::Item;
 
 /// Numbers are kept as signed 64-bit integers in the store.
 const MAX_SEQ: u64 = i64::MAX as u64;
@@ -45,21 +46,15 @@ pub struct Opening {
     pub gap: Option<(u64, u64)>,
 }
 
-/// What a batch leads to.
+/// What an item of a batch leads to, when some record is expected next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// Store it without its first `skip` records, which are there already.
-    Accept {
-        /// Number of duplicates at the front; all of them, where nothing is new.
-        skip: usize,
-        /// The record that is expected next, then.
-        next_seq: u64,
-    },
-    /// It starts behind the expected record: ask for that one.
-    Resume {
-        /// The expected record.
-        next_seq: u64,
-    },
+    /// It is there already, or lies in a hole that was named before.
+    Known,
+    /// It is the expected record.
+    Next,
+    /// Records that can never come: first and last.
+    Gap(u64, u64),
 }
 
 /// Why an agent's message cannot be: its connection is closed, nothing of the message is stored.
@@ -94,11 +89,20 @@ pub enum Fault {
     },
 }
 
-/// One record that was looked at: what the store needs.
+/// One item of a batch that was looked at: a record, or a hole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checked {
-    /// Number within the epoch.
+    /// Its number within the epoch; of a hole the first one.
     pub seq: u64,
+    /// The number behind it.
+    pub next_seq: u64,
+    /// `None`: a hole.
+    pub record: Option<Received>,
+}
+
+/// What the store needs of a record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Received {
     /// When it was recorded, the PC's wall clock.
     pub wall_ns: i64,
     /// The backlog that it reports, if it is a heartbeat.
@@ -128,37 +132,48 @@ pub fn open(known: Known, oldest: u64) -> Result<Opening, Fault> {
     }
 }
 
-/// Where a batch of `count` records from `first_seq` on belongs, when `expected` is expected.
-///
-/// `first_seq + count` must not overflow ([`check`] has seen to that).
-pub fn place(expected: u64, first_seq: u64, count: usize) -> Place {
-    if first_seq > expected {
-        return Place::Resume { next_seq: expected };
+/// Where an item belongs, when `expected` is expected and nothing lies between.
+pub fn place(expected: u64, item: &Checked) -> Place {
+    if item.next_seq <= expected {
+        return Place::Known;
     }
-    let end = first_seq + count as u64;
-    let skip = usize::try_from(expected - first_seq).map_or(count, |known| known.min(count));
-    Place::Accept { skip, next_seq: expected.max(end) }
+    match item.record {
+        Some(_) => Place::Next,
+        // A part of it may be there: what an agent had given up after it was sent.
+        None => Place::Gap(expected, item.next_seq - 1),
+    }
 }
 
 /// Decodes every record of a batch and compares its number with its place.
 ///
 /// # Errors
 /// [`Fault`]; the batch is refused as a whole.
-pub fn check(first_seq: u64, records: Vec<Vec<u8>>) -> Result<Vec<Checked>, Fault> {
-    let end = first_seq.saturating_add(records.len() as u64);
-    if first_seq < FIRST_SEQ || end > MAX_SEQ {
-        return Err(Fault::Number(end));
+pub fn check(first_seq: u64, items: Vec<Item>) -> Result<Vec<Checked>, Fault> {
+    if first_seq < FIRST_SEQ {
+        return Err(Fault::Number(first_seq));
     }
-    let checked = (first_seq..end).zip(records).map(|(seq, bytes)| {
-        let record = Record::from_bytes(&bytes).map_err(|source| Fault::Record { seq, source })?;
-        if record.seq != seq {
-            return Err(Fault::Order { at: seq, says: record.seq });
+    let mut seq = first_seq;
+    let checked = items.into_iter().map(|item| {
+        let at = seq;
+        seq = at.saturating_add(item.span());
+        if seq > MAX_SEQ {
+            return Err(Fault::Number(seq));
+        }
+        let bytes = match item {
+            Item::Hole(count) if count > MAX_HOLE => return Err(Fault::Hole(count)),
+            Item::Hole(_) => return Ok(Checked { seq: at, next_seq: seq, record: None }),
+            Item::Record(bytes) => bytes,
+        };
+        let record = Record::from_bytes(&bytes).map_err(|source| Fault::Record { seq: at, source })?;
+        if record.seq != at {
+            return Err(Fault::Order { at, says: record.seq });
         }
         let backlog = match &record.event {
             Event::Coverage(coverage) => Some(coverage.backlog),
             _ => None,
         };
-        Ok(Checked { seq, wall_ns: record.wall_ns, backlog, bytes })
+        let record = Received { wall_ns: record.wall_ns, backlog, bytes };
+        Ok(Checked { seq: at, next_seq: seq, record: Some(record) })
     });
     checked.collect()
 }
@@ -171,6 +186,10 @@ mod tests {
 
     fn opening(next_seq: u64, gap: Option<(u64, u64)>) -> Opening {
         Opening { restarts: false, next_seq, gap }
+    }
+
+    fn stopped(seq: u64) -> Item {
+        Item::Record(record(seq, Event::AgentStopped))
     }
 
     fn record(seq: u64, event: Event) -> Vec<u8> {
@@ -204,18 +223,24 @@ mod tests {
         assert_eq!(open(Known::First, u64::MAX), Err(Fault::Number(u64::MAX)));
         assert_eq!(open(Known::Expecting(2), MAX_HOLE + 3), Err(Fault::Hole(MAX_HOLE + 1)));
         assert!(open(Known::Expecting(2), MAX_HOLE + 2).is_ok());
-        assert!(matches!(check(0, vec![record(0, Event::AgentStopped)]), Err(Fault::Number(_))));
-        assert!(matches!(check(MAX_SEQ, vec![vec![]]), Err(Fault::Number(_))));
-        assert!(matches!(check(u64::MAX, vec![vec![]]), Err(Fault::Number(_))));
+        assert!(matches!(check(0, vec![stopped(0)]), Err(Fault::Number(_))));
+        assert!(matches!(check(MAX_SEQ, vec![stopped(0)]), Err(Fault::Number(_))));
+        assert!(matches!(check(u64::MAX, vec![stopped(0)]), Err(Fault::Number(_))));
+        assert_eq!(check(2, vec![Item::Hole(MAX_HOLE + 1)]), Err(Fault::Hole(MAX_HOLE + 1)));
+    }
+
+    fn item(seq: u64, record: bool, next_seq: u64) -> Checked {
+        let received = Received { wall_ns: 0, backlog: None, bytes: Vec::new() };
+        Checked { seq, next_seq, record: record.then_some(received) }
     }
 
     #[test]
-    fn a_batch_goes_to_its_place_whatever_came_before() {
-        assert_eq!(place(10, 10, 3), Place::Accept { skip: 0, next_seq: 13 });
-        assert_eq!(place(10, 8, 3), Place::Accept { skip: 2, next_seq: 11 });
-        assert_eq!(place(10, 7, 3), Place::Accept { skip: 3, next_seq: 10 });
-        assert_eq!(place(10, 1, 3), Place::Accept { skip: 3, next_seq: 10 });
-        assert_eq!(place(10, 11, 3), Place::Resume { next_seq: 10 });
+    fn an_item_goes_to_its_place_whatever_came_before() {
+        assert_eq!(place(10, &item(10, true, 11)), Place::Next);
+        assert_eq!(place(10, &item(9, true, 10)), Place::Known);
+        assert_eq!(place(10, &item(10, false, 15)), Place::Gap(10, 14));
+        assert_eq!(place(10, &item(7, false, 15)), Place::Gap(10, 14));
+        assert_eq!(place(10, &item(7, false, 10)), Place::Known);
     }
 
     #[test]
@@ -224,9 +249,14 @@ mod tests {
         let batches = [(1, 4), (3, 4), (9, 2), (7, 1), (1, 7), (8, 3), (8, 3), (11, 1)];
         let (mut expected, mut stored) = (FIRST_SEQ, Vec::new());
         for (first, count) in batches {
-            if let Place::Accept { skip, next_seq } = place(expected, first, count) {
-                stored.extend((first..first + count as u64).skip(skip));
-                expected = next_seq;
+            if first > expected {
+                continue;
+            }
+            for seq in first..first + count {
+                if place(expected, &item(seq, true, seq + 1)) == Place::Next {
+                    stored.push(seq);
+                    expected = seq + 1;
+                }
             }
         }
         assert_eq!(stored, (1..=11).collect::<Vec<u64>>());
@@ -235,16 +265,21 @@ mod tests {
 
     #[test]
     fn a_record_that_does_not_decode_or_sits_at_another_place_is_a_fault() {
-        let good = record(5, Event::AgentStopped);
-        assert_eq!(check(5, vec![good.clone()]).unwrap()[0].wall_ns, 5);
+        let good = stopped(5);
+        let checked = check(5, vec![good.clone(), Item::Hole(3)]).unwrap();
+        assert_eq!(checked[0].record.as_ref().unwrap().wall_ns, 5);
+        assert_eq!(checked[1], item(6, false, 9));
         assert_eq!(check(4, vec![good.clone()]), Err(Fault::Order { at: 4, says: 5 }));
-        let cut = good[..good.len() - 1].to_vec();
+        assert_eq!(check(4, vec![Item::Hole(2), good.clone()]), Err(Fault::Order { at: 6, says: 5 }));
+        let Item::Record(bytes) = &good else { unreachable!() };
+        let cut = Item::Record(bytes[..bytes.len() - 1].to_vec());
         assert!(matches!(check(5, vec![good, cut]), Err(Fault::Record { seq: 6, .. })));
     }
 
     #[test]
     fn a_heartbeat_tells_the_backlog() {
         let coverage = Event::Coverage(Coverage { backlog: 42, ..Coverage::default() });
-        assert_eq!(check(1, vec![record(1, coverage)]).unwrap()[0].backlog, Some(42));
+        let checked = check(1, vec![Item::Record(record(1, coverage))]).unwrap();
+        assert_eq!(checked[0].record.as_ref().unwrap().backlog, Some(42));
     }
 }

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use netmon_common::raw::Raw;
 use netmon_common::wire::{
-    self, BatchBuilder, FRAME_HEADER, FrameHeader, Hello, MAX_BATCH_RECORDS, MAX_FRAME, ToAgent, ToServer,
-    WireError,
+    self, BatchBuilder, FRAME_HEADER, FrameHeader, Hello, Item, MAX_BATCH_RECORDS, MAX_FRAME, ToAgent,
+    ToServer, WireError,
 };
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Endpoint, IdleTimeout, RecvStream, SendStream, TransportConfig, VarInt};
@@ -453,7 +453,8 @@ async fn converse(
                     }
                     Some(chunk) => {
                         let mut batch = BatchBuilder::default();
-                        let count = chunk.records.iter().take_while(|record| batch.push(record)).count();
+                        let items = chunk.records.into_iter().map(Item::Record);
+                        let count = items.take_while(|item| batch.push(item)).count();
                         write(&mut send, &ToServer::Batch(batch.finish(epoch, seq)?)).await?;
                         session.sent(seq + count as u64 - 1);
                     }

@@ -63,6 +63,9 @@ pub enum Violation {
     /// A welcome to no hello.
     #[error("the server welcomes without having been greeted")]
     Welcome,
+    /// An answer to nothing that was asked.
+    #[error("the server answers what was not asked")]
+    Unasked,
     /// An ack for what was not sent.
     #[error("the server acknowledges record {0}, which was not sent")]
     Ack(u64),
@@ -183,6 +186,9 @@ impl Session {
                 Ok(Effect::None)
             }
             ToAgent::Refused { reason } => Ok(Effect::Refused(reason)),
+            ToAgent::Expect { .. } | ToAgent::Heard { .. } | ToAgent::Renewed { .. } => {
+                Err(Violation::Unasked)
+            }
         }
     }
 
@@ -305,7 +311,7 @@ mod tests {
         assert_eq!(session.receive(ToAgent::Resume { next_seq: 2 }, &epochs), Err(Violation::Resumes));
         let mut greeted = Session::default();
         greeted.step(&epochs);
-        let other = ToAgent::Welcome { version: 2, next_seq: 1 };
-        assert_eq!(greeted.receive(other, &epochs), Err(Violation::Version(2)));
+        let other = ToAgent::Welcome { version: 3, next_seq: 1 };
+        assert_eq!(greeted.receive(other, &epochs), Err(Violation::Version(3)));
     }
 }

@@ -144,8 +144,7 @@ fn add_gap(
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
     )?
     .execute(params![agent.0, n, epoch as i64, from as i64, to as i64, since_ns, now_ns])?;
-    conn.prepare_cached("UPDATE agents SET next_n = ?2 WHERE id = ?1")?.execute([agent.0, n + 1])?;
-    Ok(())
+    set_next_n(conn, agent, n + 1)
 }
 
 /// Stores what is new of a batch and moves the watermark.
@@ -154,48 +153,79 @@ pub fn append(
     agent: AgentId,
     epoch: u64,
     first_seq: u64,
-    records: &[Checked],
+    items: &[Checked],
     now_ns: i64,
 ) -> rusqlite::Result<BatchOutcome> {
-    let expected = watermark(conn, agent, epoch)?.unwrap_or(FIRST_SEQ);
-    let (skip, next_seq) = match ingest::place(expected, first_seq, records.len()) {
-        Place::Accept { skip, next_seq } => (skip, next_seq),
-        Place::Resume { next_seq } => return Ok(BatchOutcome::Resume { next_seq }),
-    };
-    let (known, new) = records.split_at(skip);
+    let start = watermark(conn, agent, epoch)?.unwrap_or(FIRST_SEQ);
+    if first_seq > start {
+        return Ok(BatchOutcome::Resume { next_seq: start });
+    }
+    let mut expected = start;
+    let mut new = 0;
     let mut stored =
         conn.prepare_cached("SELECT record FROM events WHERE agent = ?1 AND epoch = ?2 AND seq = ?3")?;
-    for record in known {
-        let params = params![agent.0, epoch as i64, record.seq as i64];
-        let same = stored
-            .query_row(params, |row| Ok(row.get_ref(0)?.as_blob()? == record.bytes.as_slice()))
-            .optional()?;
-        // None: it lies in a gap that was named before, and stays one.
-        if same == Some(false) {
-            return Ok(BatchOutcome::Rewritten { seq: record.seq });
+    let mut insert = conn.prepare_cached(
+        "INSERT INTO events (agent, n, epoch, seq, wall_ns, received_ns, record)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+    )?;
+    let mut n: i64 = conn
+        .prepare_cached("SELECT next_n FROM agents WHERE id = ?1")?
+        .query_row([agent.0], |row| row.get(0))?;
+    for item in items {
+        match (ingest::place(expected, item), &item.record) {
+            (Place::Known, None) => {}
+            (Place::Known, Some(record)) => {
+                let params = params![agent.0, epoch as i64, item.seq as i64];
+                let same = stored
+                    .query_row(params, |row| Ok(row.get_ref(0)?.as_blob()? == record.bytes.as_slice()))
+                    .optional()?;
+                // None: it lies in a gap that was named before, and stays one.
+                if same == Some(false) {
+                    return Ok(BatchOutcome::Rewritten { seq: item.seq });
+                }
+            }
+            (Place::Next | Place::Gap(..), Some(r)) => {
+                insert.execute(params![
+                    agent.0,
+                    n,
+                    epoch as i64,
+                    item.seq as i64,
+                    r.wall_ns,
+                    now_ns,
+                    r.bytes
+                ])?;
+                n += 1;
+                new += 1;
+                expected = item.next_seq;
+            }
+            (Place::Next, None) => {}
+            (Place::Gap(from, to), None) => {
+                set_next_n(conn, agent, n)?;
+                add_gap(conn, agent, epoch, (from, to), now_ns)?;
+                n += 1;
+                expected = item.next_seq;
+            }
         }
     }
-    if let Some(last) = new.last() {
-        let mut n: i64 = conn
-            .prepare_cached("SELECT next_n FROM agents WHERE id = ?1")?
-            .query_row([agent.0], |row| row.get(0))?;
-        let mut insert = conn.prepare_cached(
-            "INSERT INTO events (agent, n, epoch, seq, wall_ns, received_ns, record)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-        )?;
-        for r in new {
-            insert.execute(params![agent.0, n, epoch as i64, r.seq as i64, r.wall_ns, now_ns, r.bytes])?;
-            n += 1;
-        }
-        let backlog = new.iter().rev().find_map(|record| record.backlog).map(|backlog| backlog as i64);
+    let records = || items.iter().filter_map(|item| item.record.as_ref());
+    if expected != start {
+        set_next_n(conn, agent, n)?;
+        set_watermark(conn, agent, epoch, expected)?;
+    }
+    if new > 0 {
+        let backlog = records().rev().find_map(|record| record.backlog).map(|backlog| backlog as i64);
+        let newest_ns = records().next_back().map(|record| record.wall_ns);
         conn.prepare_cached(
-            "UPDATE agents SET next_n = ?2, record_ns = ?3, received_ns = ?4, backlog = coalesce(?5, backlog)
-             WHERE id = ?1",
+            "UPDATE agents SET record_ns = ?2, received_ns = ?3, backlog = coalesce(?4, backlog) WHERE id = ?1",
         )?
-        .execute(params![agent.0, n, last.wall_ns, now_ns, backlog])?;
-        set_watermark(conn, agent, epoch, next_seq)?;
+        .execute(params![agent.0, newest_ns, now_ns, backlog])?;
     }
-    Ok(BatchOutcome::Stored { through: next_seq - 1, new: new.len() })
+    Ok(BatchOutcome::Stored { through: expected - 1, new })
+}
+
+fn set_next_n(conn: &Connection, agent: AgentId, n: i64) -> rusqlite::Result<()> {
+    conn.prepare_cached("UPDATE agents SET next_n = ?2 WHERE id = ?1")?.execute([agent.0, n])?;
+    Ok(())
 }
 
 /// The record that is expected next; `None` for an epoch that no hello named.

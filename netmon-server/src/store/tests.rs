@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 
 use jiff::tz::TimeZone;
 use netmon_common::model::{Event, Hook, Interface, Record};
+use netmon_common::wire;
 
 use super::*;
 use crate::ingest::{Checked, Fault, check};
@@ -86,7 +87,7 @@ fn records(seqs: RangeInclusive<u64>) -> Vec<Checked> {
         let event = Event::InterfaceDetached(interface);
         Record { seq, run: 1, boot_ns: seq, wall_ns: seq as i64, event }.to_bytes().unwrap()
     };
-    check(*seqs.start(), seqs.map(record).collect()).unwrap()
+    check(*seqs.start(), seqs.map(|seq| wire::Item::Record(record(seq))).collect()).unwrap()
 }
 
 fn granted(seat: &str) -> Enrolled {
@@ -202,7 +203,7 @@ fn a_spool_that_was_set_back_and_counts_anew_is_not_taken_for_duplicates() {
     let agent = room.agent("pc");
     room.append(agent, 7, 1..=3);
     let mut other = records(3..=4);
-    other[0].bytes[1] ^= 1;
+    other[0].record.as_mut().unwrap().bytes[1] ^= 1;
     let outcome = append(room.conn(), agent, 7, 3, &other, 0).unwrap();
     assert_eq!(outcome, BatchOutcome::Rewritten { seq: 3 });
     assert_eq!(room.seqs(agent), [1, 2, 3]);

@@ -183,13 +183,17 @@ async fn who_breaks_the_protocol_is_closed_and_the_others_go_on() {
 
 #[tokio::test]
 async fn a_batch_with_one_broken_record_is_refused_as_a_whole() {
-    use netmon_common::wire::{BatchBuilder, ToServer, encode_frame};
+    use netmon_common::wire::{BatchBuilder, Item, ToServer, encode_frame};
     let room = Room::new();
     let agent = room.agent("pc").await;
     for second in [record(7).to_bytes().unwrap(), b"garbage".to_vec()] {
         let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
         let mut batch = BatchBuilder::default();
-        assert!(batch.push(&record(1).to_bytes().unwrap()) && batch.push(&second));
+        assert!(
+            [record(1).to_bytes().unwrap(), second]
+                .into_iter()
+                .all(|record| batch.push(&Item::Record(record)))
+        );
         let batch = ToServer::Batch(batch.finish(EPOCH, 1).unwrap());
         session.raw(&encode_frame(&batch).unwrap()).await;
         let reason = session.closed().await;

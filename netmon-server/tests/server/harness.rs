@@ -360,7 +360,7 @@ impl Session {
     pub async fn send_records(&mut self, epoch: u64, records: &[Record]) -> Result<(), String> {
         let mut batch = BatchBuilder::default();
         for record in records {
-            assert!(batch.push(&record.to_bytes().unwrap()));
+            assert!(batch.push(&wire::Item::Record(record.to_bytes().unwrap())));
         }
         send(&mut self.send, &ToServer::Batch(batch.finish(epoch, records[0].seq).unwrap())).await
     }
