@@ -90,6 +90,8 @@ pub struct About {
     pub boot_id: [u8; 16],
     /// How often the agent had been started with its spool.
     pub run: u32,
+    /// The run before this one did not end in good order.
+    pub previous_died: bool,
     /// A random number of this process.
     pub instance: u64,
     /// Connections that this process made so far, this one included: grows with each.
@@ -171,6 +173,11 @@ impl Item {
             Self::Record(_) => 1,
             Self::Hole(count) => *count,
         }
+    }
+
+    /// Is it a hole?
+    pub fn is_hole(&self) -> bool {
+        matches!(self, Self::Hole(_))
     }
 }
 
@@ -511,13 +518,14 @@ mod tests {
             hostname: "pc".into(),
             boot_id: [1; 16],
             run: 3,
+            previous_died: true,
             instance: 4,
             connect: 5,
             witness: None,
         };
         assert_eq!(
             hex(&ToServer::About(about)),
-            "02013202706301010101010101010101010101010101030405 00".replace(' ', "")
+            "0201320270630101010101010101010101010101010103010405 00".replace(' ', "")
         );
         assert_eq!(hex(&ToServer::Renew { csr_der: vec![7] }), "040107");
         let answers = [

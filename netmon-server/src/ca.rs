@@ -10,14 +10,21 @@ use rcgen::{
 };
 use rustls::pki_types::CertificateDer;
 use sha2::{Digest as _, Sha256};
+use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate, X509CertificationRequest};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// The CA and the server's certificate: as long as such an installation may live.
 const SERVER_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
-/// An agent's certificate. There is no renewal yet, so it must outlive a school year or two; revocation does not wait
-/// for it: see the allow-list in the store.
-pub const AGENT_LIFETIME: Duration = Duration::from_secs(2 * 365 * 24 * 60 * 60);
+/// An agent's certificate; the agent asks for the next one when two thirds of it are over. Revocation does not wait for
+/// its end: see the allow-list in the store.
+pub const AGENT_LIFETIME: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// For how long behind its end an agent's certificate still lets in an agent that is on the allow-list, so that a PC that
+/// was off for the summer comes back without anybody's help. It gets a new certificate at once.
+pub const AGENT_GRACE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// Name in the certificate of the key that signs checkpoints.
+const LOG_NAME: &str = "netmon://log";
 
 /// Why the CA cannot be used or a request is not signed.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +58,9 @@ pub enum CaError {
     /// A certificate that does not parse.
     #[error("a certificate does not parse")]
     ParseCertificate,
+    /// A certificate for checkpoints that this CA did not make.
+    #[error("the certificate of the log's key was not made by this CA")]
+    NotOurs,
 }
 
 /// A certificate with its key, PEM, as they go into files.
@@ -121,6 +131,21 @@ impl Ca {
         Ok(Pair { certificate_pem: certificate.pem(), key_pem: key.serialize_pem() })
     }
 
+    /// Makes the key that signs the histories' checkpoints (Ed25519), with a certificate.
+    ///
+    /// # Errors
+    /// [`CaError::MakeKey`], [`CaError::Sign`].
+    pub fn issue_log(&self, now: Duration) -> Result<Pair, CaError> {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(CaError::MakeKey)?;
+        let sign_error = |source| CaError::Sign { subject: LOG_NAME.into(), source };
+        let mut params = params("netmon log", now);
+        params.subject_alt_names = vec![SanType::URI(LOG_NAME.try_into().map_err(sign_error)?)];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.use_authority_key_identifier_extension = true;
+        let certificate = params.signed_by(&key, &self.issuer).map_err(sign_error)?;
+        Ok(Pair { certificate_pem: certificate.pem(), key_pem: key.serialize_pem() })
+    }
+
     /// Signs an agent's key: everything in the certificate but the key is the server's choice.
     ///
     /// # Errors
@@ -181,6 +206,32 @@ pub fn spki_sha256_of(certificate: &CertificateDer<'_>) -> Result<[u8; 32], CaEr
     Ok(Sha256::digest(certificate.public_key().raw).into())
 }
 
+/// The end of a certificate's validity, seconds since 1970-01-01T00:00:00Z.
+///
+/// # Errors
+/// [`CaError::ParseCertificate`].
+pub fn not_after(certificate: &CertificateDer<'_>) -> Result<i64, CaError> {
+    let (_, certificate) = X509Certificate::from_der(certificate).map_err(|_| CaError::ParseCertificate)?;
+    Ok(certificate.validity().not_after.timestamp())
+}
+
+/// The public key in the certificate of a [`LogKey`](crate::signing::LogKey), if the CA with this certificate made it.
+///
+/// # Errors
+/// [`CaError::ParseCertificate`], [`CaError::NotOurs`].
+pub fn log_public_key(log: &CertificateDer<'_>, ca: &CertificateDer<'_>) -> Result<Vec<u8>, CaError> {
+    let parse = |_| CaError::ParseCertificate;
+    let (_, ca) = X509Certificate::from_der(ca).map_err(parse)?;
+    let (_, log) = X509Certificate::from_der(log).map_err(parse)?;
+    log.verify_signature(Some(ca.public_key())).map_err(|_| CaError::NotOurs)?;
+    let names = log.subject_alternative_name().map_err(|_| CaError::ParseCertificate)?;
+    let is_log = names.is_some_and(|names| names.value.general_names[..] == [GeneralName::URI(LOG_NAME)]);
+    if !is_log {
+        return Err(CaError::NotOurs);
+    }
+    Ok(log.public_key().subject_public_key.data.to_vec())
+}
+
 /// A UUID as RFC 9562 writes it.
 pub fn uuid_text(uuid: &[u8; 16]) -> String {
     let hex = netmon_common::enroll::Hex(uuid).to_string();
@@ -206,10 +257,8 @@ fn params(common_name: &str, now: Duration) -> CertificateParams {
 
 #[cfg(test)]
 mod tests {
-    use rustls::pki_types::pem::PemObject as _;
-    use x509_parser::extensions::GeneralName;
-
     use super::*;
+    use rustls::pki_types::pem::PemObject as _;
 
     /// 2026-11-23T00:00:00Z.
     const NOW: Duration = Duration::from_secs(1_795_392_000);

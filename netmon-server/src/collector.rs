@@ -1,29 +1,39 @@
 //! The event listener: agents say hello, send batches, get acknowledgements.
 //!
-//! This shell moves frames between QUIC and the [`Writer`]; what a message means is decided in [`crate::ingest`]
-//! and [`crate::store`]. An agent that breaks the protocol loses its connection and is counted; the others do
-//! not notice.
+//! This shell moves frames between QUIC and the [`Writer`]; what a frame means is decided in [`crate::conversation`]. An
+//! agent that breaks the protocol loses its connection, and is kept out for a while when it does so again and again; one
+//! that sends more than its share is read more slowly. The others do not notice.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use netmon_common::logline;
 use netmon_common::raw::Raw;
-use netmon_common::wire::{Batch, Hello, MAX_FRAME, ToAgent, ToServer, VERSION, WireError};
+use netmon_common::wire::{self, Checkpoint, Heartbeat, MAX_FRAME, ToAgent, ToServer, WINDOW};
+use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, ConnectionError, Endpoint, Incoming, RecvStream, SendStream, VarInt};
 use rustls::pki_types::CertificateDer;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use crate::admission::{Gate, Place};
+use crate::ca::{self, AGENT_GRACE, AGENT_LIFETIME, AgentKey, Ca};
+use crate::chain;
+use crate::clock::{self, Now};
+use crate::clones::Callers;
+use crate::conversation::{Action, Conversation, Stop, Work, refusal, revoked};
 use crate::frames::{self, FrameError};
-use crate::ingest::{self, Fault};
-use crate::store::{self, Agent, AgentId, BatchOutcome};
+use crate::limits::{BURST, Bucket, RATE, Strikes};
+use crate::notice::Notice;
+use crate::presence::{Life, Presence};
+use crate::signing::LogKey;
+use crate::store::history::{self, Unsigned};
+use crate::store::{self, Agent, AgentId};
 use crate::tls::{HANDSHAKE_TIME, escaped, shown};
 use crate::writer::{Unavailable, Writer};
-use crate::{ca, clock};
 
 /// Agents at once: forty rooms of a hundred PCs.
 const MAX_CONNECTIONS: usize = 4096;
@@ -33,14 +43,24 @@ const MAX_HANDSHAKES: usize = 1024;
 const MAX_HANDSHAKES_PER_ADDRESS: usize = 16;
 /// Refused connections that are not in the log yet are there after this time.
 pub(crate) const REFUSALS_TIME: Duration = Duration::from_secs(1);
-/// Hellos on one connection: one for each spool that an agent ever had, and no more holes than that.
-const MAX_HELLOS: u32 = 256;
-/// From the end of the handshake to the first hello.
+/// From the end of the handshake to the first frame.
 const HELLO_TIME: Duration = Duration::from_secs(5);
 /// For a last frame to reach the agent before the connection is closed.
 const LAST_WORD_TIME: Duration = Duration::from_secs(1);
 /// For connections to end when the server stops.
 const STOP_TIME: Duration = Duration::from_secs(5);
+/// Batches of all agents together that are unpacked and wait for the store: 64 MiB at most.
+const UNPACKED_BATCHES: usize = 64;
+/// Who is missing is looked at this often.
+const TICK: Duration = Duration::from_secs(1);
+/// How who was heard is saved this often, in ticks.
+const SAVE_TICKS: u64 = 5;
+/// A history that grew is signed after this time, in ticks.
+const SIGN_TICKS: u64 = 60;
+/// Notices that wait for a store that takes nothing.
+const MAX_NOTICES: usize = 10_000;
+/// A clone is said once in this time, boot clock.
+const CLONE_AGAIN_NS: u64 = 60_000_000_000;
 
 /// Application close codes, for whoever reads a packet trace; the reason beside them is for people.
 mod code {
@@ -65,10 +85,8 @@ enum End {
     Lost,
     #[error("the server is stopping")]
     Stopping,
-    #[error("{0}")]
-    Refused(String),
-    #[error("protocol error: {0}")]
-    Fault(String),
+    #[error(transparent)]
+    Stop(#[from] Stop),
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
 }
@@ -77,47 +95,88 @@ impl From<FrameError> for End {
     fn from(error: FrameError) -> Self {
         match error {
             FrameError::Read(_) | FrameError::Write(_) => Self::Lost,
-            FrameError::Wire(_) | FrameError::Slow => Self::Fault(error.to_string()),
+            FrameError::Wire(_) | FrameError::Slow => fault(error.to_string()),
         }
     }
 }
 
-impl From<WireError> for End {
-    fn from(error: WireError) -> Self {
-        Self::Fault(error.to_string())
-    }
+fn fault(reason: impl Into<String>) -> End {
+    End::Stop(Stop::Fault(reason.into()))
 }
 
-impl From<Fault> for End {
-    fn from(fault: Fault) -> Self {
-        if fault == Fault::Epochs {
-            return Self::Refused(fault.to_string());
-        }
-        let cause = std::error::Error::source(&fault).map(|cause| format!(": {cause}")).unwrap_or_default();
-        Self::Fault(format!("{fault}{cause}"))
-    }
+fn refused(reason: impl Into<String>) -> End {
+    End::Stop(Stop::Refused(reason.into()))
 }
 
 /// What all connections share.
 pub struct Collector {
     writer: Writer,
+    ca: Arc<Ca>,
+    log_key: LogKey,
     live: Mutex<HashMap<AgentId, Live>>,
+    agents: Mutex<HashMap<AgentId, Known>>,
+    presence: Mutex<Presence>,
+    /// What is to be added to the histories, with the time of its noticing.
+    notices: Mutex<Vec<(AgentId, Notice, i64)>>,
+    noticed: Notify,
+    unpacked: Arc<Semaphore>,
     connections: AtomicU64,
     faults: AtomicU64,
 }
 
 struct Live {
     number: u64,
+    version: u16,
     connection: Connection,
 }
 
+/// What outlives an agent's connections.
+struct Known {
+    bucket: Bucket,
+    strikes: Strikes,
+    callers: Callers,
+    /// When it was said last that it was cloned, boot clock.
+    cloned_ns: Option<u64>,
+    /// The newest one.
+    checkpoint: Option<Checkpoint>,
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Self {
+            bucket: Bucket::new(RATE, BURST),
+            strikes: Strikes::default(),
+            callers: Callers::default(),
+            cloned_ns: None,
+            checkpoint: None,
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that is held under these locks is left half done by a panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Collector {
-    /// A collector that stores through `writer`.
-    pub fn new(writer: Writer) -> Self {
-        Self { writer, live: Mutex::default(), connections: AtomicU64::new(1), faults: AtomicU64::new(0) }
+    /// A collector that stores through `writer`, renews certificates with `ca` and signs histories with `log_key`.
+    pub fn new(writer: Writer, ca: Arc<Ca>, log_key: LogKey, presence: Presence) -> Self {
+        Self {
+            writer,
+            ca,
+            log_key,
+            live: Mutex::default(),
+            agents: Mutex::default(),
+            presence: Mutex::new(presence),
+            notices: Mutex::default(),
+            noticed: Notify::new(),
+            unpacked: Arc::new(Semaphore::new(UNPACKED_BATCHES)),
+            connections: AtomicU64::new(1),
+            faults: AtomicU64::new(0),
+        }
     }
 
-    /// Serves agents until `stop` becomes true, then ends their conversations after the batch at hand. Whenever
+    /// Serves agents until `stop` becomes true, then ends their conversations after the batches at hand. Whenever
     /// `allow_list_changed` is notified, connections of revoked agents are closed.
     pub async fn run(
         self: Arc<Self>,
@@ -126,11 +185,12 @@ impl Collector {
         allow_list_changed: Arc<Notify>,
     ) {
         let gate = Gate::new("events", MAX_HANDSHAKES_PER_ADDRESS, MAX_HANDSHAKES);
+        let (ended, end) = watch::channel(false);
+        let keeping = tokio::spawn(self.clone().keep(end, allow_list_changed));
         let mut tasks = JoinSet::new();
         loop {
             let incoming = tokio::select! {
                 () = stopping(&mut stop) => break,
-                () = allow_list_changed.notified() => { self.close_revoked().await; continue }
                 Some(_) = tasks.join_next() => continue,
                 () = sleep(REFUSALS_TIME), if gate.has_unsaid() => { gate.say_refusals(clock::wall_ns()); continue }
                 incoming = endpoint.accept() => incoming,
@@ -142,9 +202,118 @@ impl Collector {
                 tasks.spawn(self.clone().serve(incoming, place, stop.clone()));
             }
         }
-        let ended = timeout(STOP_TIME, async { while tasks.join_next().await.is_some() {} }).await;
-        if ended.is_err() {
+        let all_ended = timeout(STOP_TIME, async { while tasks.join_next().await.is_some() {} }).await;
+        if all_ended.is_err() {
             tracing::warn!(connections = tasks.len(), "connections did not end in time");
+        }
+        ended.send_replace(true);
+        if keeping.await.is_err() {
+            tracing::error!("who was heard and what is signed could not be saved");
+        }
+    }
+
+    /// What is done beside the connections: who is missing, notices, checkpoints, revocations.
+    async fn keep(self: Arc<Self>, mut end: watch::Receiver<bool>, allow_list_changed: Arc<Notify>) {
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut tick = 0;
+        loop {
+            tokio::select! {
+                () = stopping(&mut end) => break,
+                () = allow_list_changed.notified() => self.close_revoked().await,
+                () = self.noticed.notified() => self.write_notices().await,
+                _ = ticks.tick() => {
+                    tick += 1;
+                    self.look_for_missing();
+                    if tick % SAVE_TICKS == 0 {
+                        self.save_presence().await;
+                    }
+                    if tick % SIGN_TICKS == 0 {
+                        self.sign().await;
+                    }
+                }
+            }
+        }
+        self.write_notices().await;
+        self.save_presence().await;
+        self.sign().await;
+    }
+
+    fn look_for_missing(&self) {
+        let now = Now::read();
+        let mut presence = lock(&self.presence);
+        // Agents of the version before send no heartbeats: their connection is their sign of life.
+        for (id, live) in lock(&self.live).iter().filter(|(_, live)| live.version == 1) {
+            if live.connection.close_reason().is_none() {
+                presence.heard(*id, &now);
+            }
+        }
+        for (agent, notice) in presence.tick(&now) {
+            self.notice(agent, notice, now.wall_ns);
+        }
+    }
+
+    fn notice(&self, agent: AgentId, notice: Notice, now_ns: i64) {
+        let mut notices = lock(&self.notices);
+        if notices.len() < MAX_NOTICES {
+            notices.push((agent, notice, now_ns));
+            self.noticed.notify_one();
+        }
+    }
+
+    /// Adds what was noticed to the histories. What the store does not take waits for the next time.
+    async fn write_notices(&self) {
+        let notices = std::mem::take(&mut *lock(&self.notices));
+        for (agent, notice, at_ns) in notices {
+            let seen = lock(&self.presence).get(agent).cloned();
+            let work = {
+                let notice = notice.clone();
+                move |conn: &rusqlite::Connection| {
+                    history::add_notice(conn, agent, &notice, at_ns)?;
+                    // `agents` shows it at once.
+                    seen.map_or(Ok(()), |seen| store::save_presence(conn, agent, &seen))
+                }
+            };
+            if self.writer.run(Some(agent), work).await.is_err() {
+                lock(&self.notices).push((agent, notice, at_ns));
+            }
+        }
+    }
+
+    async fn save_presence(&self) {
+        let changed = lock(&self.presence).take_changed();
+        let now_ns = clock::wall_ns();
+        let work = move |conn: &rusqlite::Connection| {
+            changed.iter().try_for_each(|(agent, seen)| store::save_presence(conn, *agent, seen))?;
+            store::save_alive(conn, now_ns)
+        };
+        // Where the store takes nothing, its own log says so; what is heard next is saved then.
+        let _ = self.writer.run(None, work).await;
+        if !lock(&self.notices).is_empty() {
+            self.noticed.notify_one();
+        }
+    }
+
+    /// Signs every history that grew.
+    async fn sign(&self) {
+        let Ok(unsigned) = self.writer.run(None, history::unsigned).await else { return };
+        let now_ns = clock::wall_ns();
+        let mut signed = Vec::new();
+        for Unsigned { agent, uuid, size, head } in unsigned {
+            match self.log_key.sign(&uuid, size, head, now_ns) {
+                Ok(checkpoint) => signed.push((agent, checkpoint)),
+                Err(error) => return tracing::error!(%error, "histories cannot be signed"),
+            }
+        }
+        let kept = signed.clone();
+        let work = move |conn: &rusqlite::Connection| {
+            kept.iter().try_for_each(|(agent, checkpoint)| history::add_checkpoint(conn, *agent, checkpoint))
+        };
+        if self.writer.run(None, work).await.is_ok() {
+            let mut agents = lock(&self.agents);
+            for (agent, checkpoint) in signed {
+                agents.entry(agent).or_default().checkpoint = Some(checkpoint);
+            }
         }
     }
 
@@ -158,28 +327,29 @@ impl Collector {
             }
             Err(_) => return tracing::info!(%address, "the handshake took too long"),
         };
-        let agent = match self.identify(&connection).await {
-            Ok(agent) => agent,
+        let number = self.connections.fetch_add(1, Ordering::Relaxed);
+        let (agent, version, expires_ns) = match self.identify(&connection).await {
+            Ok(identified) => identified,
             Err(end) => {
                 tracing::warn!(%address, reason = %end, "connection refused");
                 return say_goodbye(&connection, None, &end).await;
             }
         };
         drop(place);
-        let number = self.connections.fetch_add(1, Ordering::Relaxed);
-        self.register(&agent, number, &connection);
-        let mut conversation =
-            Conversation { collector: &self, agent: &agent, number, epoch: None, hellos: 0, address, stop };
-        let mut stream = None;
-        let end = match conversation.run(&connection, &mut stream).await {
-            Ok(never) => match never {},
-            Err(end) => end,
-        };
+        self.register(&agent, number, version, &connection);
+        if version == 1 {
+            self.has_connected(&agent, None);
+        }
+        let conversation = Conversation::new(&agent, number, version);
+        let mut talk =
+            Talk { collector: &self, agent: &agent, conversation, number, address, expires_ns, said: 0 };
+        let (end, stream) = talk.run(&connection, stop).await;
         let seat = &agent.seat;
         match &end {
-            End::Fault(reason) => {
+            End::Stop(Stop::Fault(reason)) => {
                 let faults = self.faults.fetch_add(1, Ordering::Relaxed) + 1;
                 tracing::warn!(seat, %address, reason, faults, "agent broke the protocol, connection closed");
+                self.strike(&agent, reason).await;
             }
             End::Lost => {
                 let reason = connection.close_reason().map_or_else(String::new, escaped);
@@ -195,28 +365,49 @@ impl Collector {
         let _ = self.writer.run(None, move |conn| store::disconnected(conn, id, number, now)).await;
     }
 
-    /// The agent behind a connection: its certificate's key must be on the allow-list.
-    async fn identify(&self, connection: &Connection) -> Result<Agent, End> {
+    /// The agent behind a connection: its certificate's key must be on the allow-list. With it the version that the
+    /// handshake agreed on, and the end of the certificate's validity.
+    async fn identify(&self, connection: &Connection) -> Result<(Agent, u16, i64), End> {
+        let data = connection.handshake_data().and_then(|any| any.downcast::<HandshakeData>().ok());
+        let version = data.and_then(|data| wire::version(data.protocol.as_deref()?));
+        let version = version.ok_or_else(|| refused("no version of the protocol was agreed on"))?;
         let chain = connection.peer_identity().and_then(|any| any.downcast::<Vec<CertificateDer<'_>>>().ok());
-        let key = chain.as_deref().and_then(|chain| chain.first()).map(ca::spki_sha256_of);
-        let Some(Ok(key)) = key else {
-            return Err(End::Refused("no certificate was shown that can be read".into()));
-        };
-        let known = self.writer.run(None, move |conn| store::agent_by_key(conn, &key)).await?;
-        match known {
-            Some(agent) if agent.revoked_ns.is_none() => Ok(agent),
-            Some(agent) => Err(revoked(&agent.seat)),
-            None => Err(End::Refused("this server does not know this agent's key; enrol again".into())),
+        let certificate = chain.as_deref().and_then(|chain| chain.first());
+        let known = certificate.and_then(|certificate| {
+            Some((ca::spki_sha256_of(certificate).ok()?, ca::not_after(certificate).ok()?))
+        });
+        let (key, not_after) = known.ok_or_else(|| refused("no certificate was shown that can be read"))?;
+        let now_ns = clock::wall_ns();
+        let expires_ns = not_after.saturating_mul(1_000_000_000);
+        let known = self.writer.run(None, move |conn| {
+            let agent = store::agent_by_key(conn, &key)?;
+            if let Some(agent) = &agent {
+                store::used_key(conn, agent.id, &key)?;
+            }
+            Ok(agent)
+        });
+        let agent =
+            known.await?.ok_or_else(|| refused("this server does not know this agent's key; enrol again"))?;
+        let zone = jiff::tz::TimeZone::system();
+        if agent.revoked_ns.is_some() {
+            return Err(revoked(&agent.seat).into());
         }
+        if now_ns.saturating_sub(expires_ns) > AGENT_GRACE.as_nanos() as i64 {
+            let at = logline::time(expires_ns, &zone);
+            return Err(refused(format!("this agent's certificate expired at {at}; enrol again")));
+        }
+        if let Some(until) = agent.quarantined_ns.filter(|until| *until > now_ns) {
+            let until = logline::time(until, &zone);
+            return Err(refused(format!("seat {} is in quarantine until {until}", agent.seat)));
+        }
+        Ok((agent, version, expires_ns))
     }
 
     /// The newest connection of an identity is the one that counts.
-    fn register(&self, agent: &Agent, number: u64, connection: &Connection) {
-        let live = Live { number, connection: connection.clone() };
-        let mut all = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(older) = all.insert(agent.id, live) else { return };
-        drop(all);
-        tracing::warn!(
+    fn register(&self, agent: &Agent, number: u64, version: u16, connection: &Connection) {
+        let live = Live { number, version, connection: connection.clone() };
+        let Some(older) = lock(&self.live).insert(agent.id, live) else { return };
+        tracing::info!(
             seat = agent.seat,
             older = %shown(older.connection.remote_address()),
             newer = %shown(connection.remote_address()),
@@ -226,17 +417,68 @@ impl Collector {
     }
 
     fn unregister(&self, id: AgentId, number: u64) {
-        let mut all = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.live);
         if all.get(&id).is_some_and(|live| live.number == number) {
             all.remove(&id);
         }
     }
 
+    fn has_connected(&self, agent: &Agent, life: Option<Life>) {
+        let now = Now::read();
+        let back = lock(&self.presence).connected(agent.id, life, &now);
+        if let Some(notice) = back {
+            self.notice(agent.id, notice, now.wall_ns);
+        }
+    }
+
+    fn heartbeat(&self, agent: AgentId, heartbeat: Heartbeat) -> i64 {
+        let now = Now::read();
+        let notices = lock(&self.presence).heartbeat(agent, heartbeat, &now);
+        for notice in notices {
+            self.notice(agent, notice, now.wall_ns);
+        }
+        now.wall_ns
+    }
+
+    /// An agent broke the protocol.
+    async fn strike(&self, agent: &Agent, reason: &str) {
+        let now = Now::read();
+        let quarantine = lock(&self.agents).entry(agent.id).or_default().strikes.strike(now.boot_ns);
+        let Some(time) = quarantine else { return };
+        let until_ns = now.wall_ns.saturating_add(time.as_nanos() as i64);
+        let notice = Notice::Quarantined { until_ns, reason: Raw::new(reason) };
+        tracing::warn!(seat = agent.seat, seconds = time.as_secs(), reason, "agent is in quarantine");
+        let id = agent.id;
+        // Where the store takes nothing, it is not let in for that reason.
+        let work = move |conn: &rusqlite::Connection| store::quarantine(conn, id, until_ns);
+        let _ = self.writer.run(None, work).await;
+        self.notice(id, notice, now.wall_ns);
+    }
+
+    /// A process introduced itself: is it the only one?
+    fn look_for_clones(&self, agent: &Agent, about: &wire::About, address: std::net::SocketAddr) {
+        let now = Now::read();
+        let mut agents = lock(&self.agents);
+        let known = agents.entry(agent.id).or_default();
+        if !known.callers.is_clone(about.instance, about.connect) {
+            return;
+        }
+        let is_new = known.cloned_ns.is_none_or(|said| now.boot_ns.saturating_sub(said) > CLONE_AGAIN_NS);
+        if is_new {
+            known.cloned_ns = Some(now.boot_ns);
+            drop(agents);
+            let hostname = about.hostname.escaped().to_string();
+            tracing::error!(seat = agent.seat, %address, hostname, "two machines use this agent's identity");
+            let newer = Raw::new(format!("{address} {hostname}"));
+            self.notice(agent.id, Notice::Cloned { older: Raw::new(&agent.seat), newer }, now.wall_ns);
+        }
+    }
+
     async fn close_revoked(&self) {
         let Ok(revoked) = self.writer.run(None, store::revoked_connections).await else { return };
-        let all = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         for (id, number) in revoked {
-            if let Some(live) = all.get(&id).filter(|live| live.number == number) {
+            lock(&self.presence).forget(id);
+            if let Some(live) = lock(&self.live).get(&id).filter(|live| live.number == number) {
                 live.connection.close(code::REFUSED.into(), b"this agent was revoked");
             }
         }
@@ -249,20 +491,16 @@ pub(crate) async fn stopping(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-fn revoked(seat: &str) -> End {
-    End::Refused(format!("seat {seat} was revoked at the server; enrol again to deliver"))
-}
-
 /// Tells the agent why, then closes.
 async fn say_goodbye(connection: &Connection, stream: Option<SendStream>, end: &End) {
     let (code, reason) = match end {
         End::Lost => return,
         End::Finished | End::Stopping => (code::DONE, end.to_string()),
-        End::Refused(_) => (code::REFUSED, end.to_string()),
-        End::Fault(_) => (code::FAULT, end.to_string()),
+        End::Stop(Stop::Refused(_)) => (code::REFUSED, end.to_string()),
+        End::Stop(Stop::Fault(_)) => (code::FAULT, end.to_string()),
         End::Unavailable(_) => (code::UNAVAILABLE, end.to_string()),
     };
-    if let End::Refused(reason) = end {
+    if let End::Stop(Stop::Refused(reason)) = end {
         // An agent that does not read it finds the reason in the close.
         let _ = timeout(LAST_WORD_TIME, refuse(connection, stream, reason)).await;
     }
@@ -277,7 +515,7 @@ async fn refuse(connection: &Connection, stream: Option<SendStream>, reason: &st
             Err(_) => return Ok(()),
         },
     };
-    frames::write(&mut send, &ToAgent::Refused { reason: Raw::new(reason) }).await?;
+    frames::write(&mut send, &refusal(reason)).await?;
     if send.finish().is_ok() {
         // Returns when the agent has it all, or is gone.
         let _ = send.stopped().await;
@@ -285,107 +523,207 @@ async fn refuse(connection: &Connection, stream: Option<SendStream>, reason: &st
     Ok(())
 }
 
-/// One agent's conversation.
-struct Conversation<'a> {
+/// One agent's connection.
+struct Talk<'a> {
     collector: &'a Collector,
     agent: &'a Agent,
+    conversation: Conversation,
     number: u64,
-    /// Of the last hello.
-    epoch: Option<u64>,
-    hellos: u32,
     address: std::net::SocketAddr,
-    stop: watch::Receiver<bool>,
+    /// End of the validity of the certificate that it showed.
+    expires_ns: i64,
+    /// Size of the newest checkpoint that it was given on this connection.
+    said: u64,
 }
 
-impl Conversation<'_> {
+/// An answer that may have to wait for a commit. Answers go out in the order of what they answer.
+enum Answer {
+    Now(ToAgent),
+    Later(oneshot::Receiver<Result<Option<ToAgent>, Stop>>, Option<OwnedSemaphorePermit>),
+}
+
+impl Talk<'_> {
+    /// Why it ended, and the stream for a last word.
     async fn run(
         &mut self,
         connection: &Connection,
-        stream: &mut Option<SendStream>,
-    ) -> Result<std::convert::Infallible, End> {
-        let late = |_| End::Fault(format!("no hello within {} s", HELLO_TIME.as_secs()));
-        let accepted = timeout(HELLO_TIME, connection.accept_bi()).await.map_err(late)?;
-        let (send, mut recv) = accepted.map_err(|_: ConnectionError| End::Lost)?;
-        let send = stream.insert(send);
-        let first = timeout(HELLO_TIME, self.next(&mut recv)).await.map_err(late)??;
-        let mut answer = self.answer(first).await?;
+        stop: watch::Receiver<bool>,
+    ) -> (End, Option<SendStream>) {
+        let late = |_| fault(format!("no hello within {} s", HELLO_TIME.as_secs()));
+        let accepted = timeout(HELLO_TIME, connection.accept_bi()).await.map_err(late);
+        let accepted = accepted.and_then(|stream| stream.map_err(|_: ConnectionError| End::Lost));
+        let (mut send, recv) = match accepted {
+            Ok(stream) => stream,
+            Err(end) => return (end, None),
+        };
+        let end = {
+            let (answers, pending) = mpsc::channel(WINDOW);
+            let mut writing = std::pin::pin!(write_answers(&mut send, pending));
+            let mut reading = std::pin::pin!(self.read(recv, answers, stop));
+            tokio::select! {
+                // What is on its way to the store is still answered.
+                end = &mut reading => match timeout(STOP_TIME, writing).await {
+                    Ok(End::Finished) | Err(_) => end,
+                    Ok(worse) => worse,
+                },
+                end = &mut writing => end,
+            }
+        };
+        (end, Some(send))
+    }
+
+    async fn read(
+        &mut self,
+        mut recv: RecvStream,
+        answers: mpsc::Sender<Answer>,
+        mut stop: watch::Receiver<bool>,
+    ) -> End {
+        let mut is_first = true;
         loop {
-            frames::write(send, &answer).await?;
-            let message = self.next(&mut recv).await?;
-            answer = self.answer(message).await?;
-        }
-    }
-
-    async fn next(&mut self, recv: &mut RecvStream) -> Result<ToServer, End> {
-        tokio::select! {
-            biased;
-            () = stopping(&mut self.stop) => Err(End::Stopping),
-            message = frames::read(recv, MAX_FRAME) => message?.ok_or(End::Finished),
-        }
-    }
-
-    async fn answer(&mut self, message: ToServer) -> Result<ToAgent, End> {
-        match message {
-            ToServer::Hello(hello) => self.hello(hello).await,
-            ToServer::Batch(batch) => self.batch(batch).await,
-            ToServer::About(_) | ToServer::Heartbeat(_) | ToServer::Renew { .. } => {
-                Err(End::Fault("a message that has no place here".into()))
+            let message = tokio::select! {
+                biased;
+                () = stopping(&mut stop) => return End::Stopping,
+                () = sleep(HELLO_TIME), if is_first => {
+                    return fault(format!("no hello within {} s", HELLO_TIME.as_secs()));
+                }
+                message = frames::read(&mut recv, MAX_FRAME) => message,
+            };
+            is_first = false;
+            let message = match message {
+                Ok(Some(message)) => message,
+                Ok(None) => return End::Finished,
+                Err(error) => return error.into(),
+            };
+            let answer = match self.take(message, &mut stop).await {
+                Ok(answer) => answer,
+                Err(end) => return end,
+            };
+            // Full: the agent has as many batches on their way as it may, and is not read.
+            if answers.send(answer).await.is_err() {
+                return End::Lost;
             }
         }
     }
 
-    async fn hello(&mut self, hello: Hello) -> Result<ToAgent, End> {
-        if hello.version != VERSION {
-            return Err(End::Refused(format!(
-                "the agent speaks version {} of the protocol, this server {VERSION}; install the same netmon on both",
-                hello.version
-            )));
-        }
-        self.hellos += 1;
-        if self.hellos > MAX_HELLOS {
-            return Err(End::Fault(format!("more than {MAX_HELLOS} hellos on one connection")));
-        }
-        let (id, number, now) = (self.agent.id, self.number, clock::wall_ns());
-        let Hello { epoch, oldest_seq, hostname, agent_version, .. } = hello;
-        let opened = self.collector.writer.run(Some(id), move |conn| {
-            if !store::is_allowed(conn, id)? {
-                return Ok(None);
+    async fn take(&mut self, message: ToServer, stop: &mut watch::Receiver<bool>) -> Result<Answer, End> {
+        let permit = match &message {
+            ToServer::Batch(_) => self.collector.unpacked.clone().acquire_owned().await.ok(),
+            _ => None,
+        };
+        match self.conversation.receive(message)? {
+            Action::Heartbeat(heartbeat) => {
+                let server_ns = self.collector.heartbeat(self.agent.id, heartbeat);
+                Ok(Answer::Now(ToAgent::Heard { server_ns, checkpoint: self.new_checkpoint() }))
             }
-            store::connected(conn, id, number, hostname.as_bytes(), agent_version.as_bytes(), now)?;
-            store::open_epoch(conn, id, epoch, oldest_seq, now).map(Some)
-        });
-        let next_seq = opened.await?.ok_or_else(|| revoked(&self.agent.seat))??;
-        let (seat, address) = (&self.agent.seat, self.address);
-        if self.epoch.replace(epoch).is_none() {
-            tracing::info!(seat, %address, epoch, oldest_seq, next_seq, "agent connected");
-        } else {
-            tracing::debug!(seat, %address, epoch, oldest_seq, next_seq, "agent goes on with another epoch");
+            Action::Renew(csr_der) => Ok(Answer::Now(self.renew(&csr_der).await?)),
+            Action::Store(work) => {
+                if let Some(about) = work.about() {
+                    self.introduce(about)?;
+                }
+                let wait = {
+                    let mut agents = lock(&self.collector.agents);
+                    let known = agents.entry(self.agent.id).or_default();
+                    known.bucket.take(work.cost(), Now::read().boot_ns)
+                };
+                if !wait.is_zero() {
+                    tokio::select! {
+                        () = stopping(stop) => return Err(End::Stopping),
+                        () = sleep(wait) => {}
+                    }
+                }
+                Ok(Answer::Later(self.store(work).await?, permit))
+            }
         }
-        Ok(ToAgent::Welcome { version: VERSION, next_seq })
     }
 
-    async fn batch(&mut self, batch: Batch) -> Result<ToAgent, End> {
-        let (id, now) = (self.agent.id, clock::wall_ns());
-        let (epoch, first_seq) = (batch.epoch, batch.first_seq);
-        if self.epoch != Some(epoch) {
-            return Err(End::Fault(format!("a batch of epoch {epoch:x} without a hello for it")));
+    async fn store(
+        &self,
+        work: Work,
+    ) -> Result<oneshot::Receiver<Result<Option<ToAgent>, Stop>>, Unavailable> {
+        let now_ns = clock::wall_ns();
+        self.collector.writer.begin(Some(self.agent.id), move |conn| work.apply(conn, now_ns)).await
+    }
+
+    fn introduce(&self, about: &wire::About) -> Result<(), End> {
+        let collector = self.collector;
+        if let Some(witness) = &about.witness
+            && !chain::is_signed(witness, &self.agent.uuid, collector.log_key.public_key())
+        {
+            return Err(fault("a checkpoint that this server did not sign"));
         }
-        let records = ingest::check(first_seq, batch.unpack()?)?;
+        tracing::info!(
+            seat = self.agent.seat, address = %self.address, run = about.run, connection = self.number,
+            "agent connected"
+        );
+        collector.look_for_clones(self.agent, about, self.address);
+        collector.has_connected(self.agent, Some(about.into()));
+        Ok(())
+    }
+
+    fn new_checkpoint(&mut self) -> Option<Checkpoint> {
+        let agents = lock(&self.collector.agents);
+        let newest = agents.get(&self.agent.id)?.checkpoint.as_ref()?;
+        if newest.size <= self.said {
+            return None;
+        }
+        self.said = newest.size;
+        Some(newest.clone())
+    }
+
+    /// A certificate for the agent's next key.
+    async fn renew(&self, csr_der: &[u8]) -> Result<ToAgent, End> {
+        let key = AgentKey::from_request(csr_der).map_err(|error| fault(error.to_string()))?;
+        let Agent { id, uuid, .. } = *self.agent;
+        let now_ns = clock::wall_ns();
+        let now = Duration::from_nanos(u64::try_from(now_ns).unwrap_or_default());
+        let certificate_der = match self.collector.ca.issue_agent(&key, &uuid, now) {
+            Ok(der) => der,
+            Err(error) => {
+                tracing::error!(%error, "cannot sign an agent's certificate");
+                return Ok(ToAgent::Renewed { certificate_der: Vec::new() });
+            }
+        };
+        let spki_sha256 = key.spki_sha256();
+        let not_after_ns = now_ns.saturating_add(AGENT_LIFETIME.as_nanos() as i64);
         let stored = self.collector.writer.run(Some(id), move |conn| {
-            if !store::is_allowed(conn, id)? {
-                return Ok(None);
+            // A key is one agent's.
+            if store::agent_by_key(conn, &spki_sha256)?.is_some_and(|owner| owner.id != id)
+                || !store::is_allowed(conn, id)?
+            {
+                return Ok(false);
             }
-            store::append(conn, id, epoch, first_seq, &records, now).map(Some)
+            store::renew(conn, id, &spki_sha256)?;
+            history::add_notice(conn, id, &Notice::Renewed { not_after_ns }, now_ns)?;
+            Ok(true)
         });
-        match stored.await?.ok_or_else(|| revoked(&self.agent.seat))? {
-            BatchOutcome::Stored { through, new } => {
-                tracing::debug!(seat = self.agent.seat, epoch, through, new, "stored");
-                Ok(ToAgent::Ack { epoch, seq: through })
-            }
-            BatchOutcome::Resume { next_seq } => Ok(ToAgent::Resume { next_seq }),
-            BatchOutcome::Rewritten { seq } => Err(End::Fault(format!(
-                "record {seq} came before with other content: the spool was set back; it needs a new epoch"
-            ))),
+        if !stored.await? {
+            return Err(refused("this key may not be certified"));
+        }
+        tracing::info!(
+            seat = self.agent.seat,
+            expired_ns = self.expires_ns,
+            "certificate renewed for a new key"
+        );
+        Ok(ToAgent::Renewed { certificate_der })
+    }
+}
+
+/// Sends answers in their order, each when it is there.
+async fn write_answers(send: &mut SendStream, mut pending: mpsc::Receiver<Answer>) -> End {
+    while let Some(answer) = pending.recv().await {
+        let (answer, _permit) = match answer {
+            Answer::Now(answer) => (Some(answer), None),
+            Answer::Later(later, permit) => match later.await {
+                Ok(Ok(answer)) => (answer, permit),
+                Ok(Err(stop)) => return stop.into(),
+                Err(_) => return Unavailable.into(),
+            },
+        };
+        if let Some(answer) = answer
+            && let Err(error) = frames::write(send, &answer).await
+        {
+            return error.into();
         }
     }
+    End::Finished
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! ca.pem ca-key.pem            the CA; written last, so its presence means "initialised"
 //! server.pem server-key.pem    the server's own certificate
+//! log.pem log-key.pem          signs how long each history is
 //! store.sqlite                 every event, the agents, the tokens
 //! logs/<seat>/log.txt usb.log  readable logs, derived from the store: delete them and they are written anew
 //! control/allow-list           touched when an agent is revoked, so that a running server looks at once
@@ -22,6 +23,7 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::ca::{Ca, CaError};
+use crate::signing::{LogKey, SigningError};
 use crate::store::{Store, StoreError};
 
 /// Why the directory cannot be used.
@@ -78,6 +80,14 @@ pub enum DataDirError {
         path: PathBuf,
         /// Cause.
         source: CaError,
+    },
+    /// The key that signs checkpoints.
+    #[error("{path} cannot be used; bring it back from a backup")]
+    LogKey {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        source: SigningError,
     },
     /// The store.
     #[error(transparent)]
@@ -178,6 +188,29 @@ impl DataDir {
         let key = PrivateKeyDer::from_pem_slice(read_text(&key_path)?.as_bytes())
             .map_err(|source| DataDirError::Pem { path: key_path, source })?;
         Ok((certificate, key))
+    }
+
+    /// The key that signs the histories' checkpoints; made here when a server of an older version had none.
+    ///
+    /// # Errors
+    /// A file is damaged, or cannot be made.
+    pub fn log_key(&self, ca: &Ca, now: Duration) -> Result<LogKey, DataDirError> {
+        let certificate_path = self.0.join("log.pem");
+        let key_path = self.0.join("log-key.pem");
+        let is_there = certificate_path.try_exists().map_err(|source| DataDirError::Read {
+            path: certificate_path.clone(),
+            hint: hint(&source),
+            source,
+        })?;
+        if !is_there {
+            let pair =
+                ca.issue_log(now).map_err(|source| DataDirError::Ca { path: self.0.clone(), source })?;
+            write_file(&key_path, pair.key_pem.as_bytes(), 0o600)?;
+            write_file(&certificate_path, pair.certificate_pem.as_bytes(), 0o644)?;
+        }
+        let certificate = parse_pem(&certificate_path, &read_text(&certificate_path)?)?;
+        LogKey::load(&read_text(&key_path)?, certificate)
+            .map_err(|source| DataDirError::LogKey { path: key_path, source })
     }
 
     /// Takes the directory for this process: the directory itself, which no cleaning up takes away. To be called once

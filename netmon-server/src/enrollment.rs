@@ -34,7 +34,7 @@ const TOTAL_TIME: Duration = Duration::from_secs(15);
 /// What enrolment needs.
 pub struct Enrollment {
     /// Signs.
-    pub ca: Ca,
+    pub ca: Arc<Ca>,
     /// Stores.
     pub writer: Writer,
     /// Where the agents are to deliver.

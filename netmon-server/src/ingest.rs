@@ -48,11 +48,11 @@ pub struct Opening {
 
 /// What an item of a batch leads to, when some record is expected next.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// It is there already, or lies in a hole that was named before.
-    Known,
+pub enum Place<'a> {
+    /// It is there already, or lies in a hole that was named before; `None`: a hole.
+    Known(Option<&'a Received>),
     /// It is the expected record.
-    Next,
+    Next(&'a Received),
     /// Records that can never come: first and last.
     Gap(u64, u64),
 }
@@ -133,12 +133,10 @@ pub fn open(known: Known, oldest: u64) -> Result<Opening, Fault> {
 }
 
 /// Where an item belongs, when `expected` is expected and nothing lies between.
-pub fn place(expected: u64, item: &Checked) -> Place {
-    if item.next_seq <= expected {
-        return Place::Known;
-    }
-    match item.record {
-        Some(_) => Place::Next,
+pub fn place(expected: u64, item: &Checked) -> Place<'_> {
+    match &item.record {
+        record if item.next_seq <= expected => Place::Known(record.as_ref()),
+        Some(record) => Place::Next(record),
         // A part of it may be there: what an agent had given up after it was sent.
         None => Place::Gap(expected, item.next_seq - 1),
     }
@@ -236,11 +234,11 @@ mod tests {
 
     #[test]
     fn an_item_goes_to_its_place_whatever_came_before() {
-        assert_eq!(place(10, &item(10, true, 11)), Place::Next);
-        assert_eq!(place(10, &item(9, true, 10)), Place::Known);
+        assert!(matches!(place(10, &item(10, true, 11)), Place::Next(_)));
+        assert!(matches!(place(10, &item(9, true, 10)), Place::Known(Some(_))));
         assert_eq!(place(10, &item(10, false, 15)), Place::Gap(10, 14));
         assert_eq!(place(10, &item(7, false, 15)), Place::Gap(10, 14));
-        assert_eq!(place(10, &item(7, false, 10)), Place::Known);
+        assert_eq!(place(10, &item(7, false, 10)), Place::Known(None));
     }
 
     #[test]
@@ -253,7 +251,7 @@ mod tests {
                 continue;
             }
             for seq in first..first + count {
-                if place(expected, &item(seq, true, seq + 1)) == Place::Next {
+                if matches!(place(expected, &item(seq, true, seq + 1)), Place::Next(_)) {
                     stored.push(seq);
                     expected = seq + 1;
                 }

@@ -7,18 +7,25 @@
 
 mod admission;
 pub mod ca;
+pub mod chain;
 pub mod cli;
-mod clock;
+pub mod clock;
+pub mod clones;
 pub mod collector;
 pub mod commands;
+pub mod conversation;
 pub mod datadir;
 pub mod enrollment;
 mod frames;
 pub mod ingest;
+pub mod limits;
+pub mod notice;
+pub mod presence;
 pub mod render;
 pub mod seat;
 pub mod seatlogs;
 pub mod serve;
+pub mod signing;
 pub mod store;
 mod tls;
 pub mod tokens;

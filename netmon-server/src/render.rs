@@ -4,6 +4,7 @@ use jiff::tz::TimeZone;
 use netmon_common::logline;
 use netmon_common::model::{Event, Gap, GapReason, Record};
 
+use crate::notice::Notice;
 use crate::store::{Item, What};
 
 /// A record that took longer than this to arrive is marked. Healthy agents deliver within a second; the rest
@@ -40,6 +41,14 @@ pub fn line(item: &Item, zone: &TimeZone) -> Line {
                 usb: true,
             },
         },
+        What::Notice { noticed_ns, notice } => {
+            let text = notice.as_ref().map_or_else(
+                || "something that a newer netmon-server noticed".to_owned(),
+                |notice| notice.text(*noticed_ns, zone),
+            );
+            let usb = notice.as_ref().is_none_or(Notice::is_about_coverage);
+            Line { text: format!("{} SERVER {text}", logline::time(*noticed_ns, zone)), usb }
+        }
         What::Gap { count, since_ns, noticed_ns } => {
             let gap = Gap {
                 reason: if count.is_some() { GapReason::NeverReceived } else { GapReason::HistoryRestarted },

@@ -301,7 +301,8 @@ mod tests {
         let (mut logs, conn) = (room.fresh(), room.store.conn());
         let add = |n: u8| {
             conn.execute(
-                "INSERT INTO agents (uuid, seat, spki_sha256, hostname, enrolled_ns) VALUES (?1, ?2, ?1, x'', 0)",
+                "INSERT INTO agents (uuid, seat, spki_sha256, hostname, enrolled_ns, head)
+                 VALUES (?1, ?2, ?1, x'', 0, zeroblob(32))",
                 rusqlite::params![[n + 50; 16], format!("other-{n}")],
             )
             .unwrap();

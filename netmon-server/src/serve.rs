@@ -12,9 +12,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
+use crate::clock::Now;
 use crate::collector::Collector;
 use crate::datadir::{DataDir, make_dir};
 use crate::enrollment::Enrollment;
+use crate::presence::Presence;
 use crate::seatlogs::SeatLogs;
 use crate::store::{self, Store};
 use crate::tls::{self, Listener};
@@ -38,7 +40,9 @@ pub fn run(
         bail!("--listen and --enroll-listen are both {address}; give them different ports");
     }
     let _lock = data.lock()?;
-    let ca = data.ca()?;
+    let ca = Arc::new(data.ca()?);
+    let now = Now::read();
+    let log_key = data.log_key(&ca, Duration::from_nanos(u64::try_from(now.wall_ns).unwrap_or_default()))?;
     let (certificate, key) = data.server_identity()?;
     let mut store = Store::open(&data.store())?;
     store.write(|tx| store::forget_connections(tx)).map_err(|error| {
@@ -46,6 +50,9 @@ pub fn run(
         anyhow::Error::new(error)
             .context(format!("cannot write the store {}; {hint}", data.store().display()))
     })?;
+    let known = store::known(store.conn())
+        .with_context(|| format!("cannot read the store {}", data.store().display()))?;
+    let presence = Presence::new(now, known);
     make_dir(&data.logs())?;
     make_dir(&data.control())?;
     let events = Listener { what: "events", option: "--listen", address: listen, port: wire::DEFAULT_PORT };
@@ -75,7 +82,7 @@ pub fn run(
         let (writer, writing) = Writer::spawn(data.store(), store, logs, tokio::runtime::Handle::current())
             .context("cannot start the writing thread")?;
         let (stop, stopped) = watch::channel(false);
-        let collector = Arc::new(Collector::new(writer.clone()));
+        let collector = Arc::new(Collector::new(writer.clone(), ca.clone(), log_key, presence));
         let collecting =
             tokio::spawn(collector.run(event_endpoint.clone(), stopped.clone(), allow_list_changed));
         let enrollment = Enrollment {

@@ -74,6 +74,19 @@ impl Writer {
         agent: Option<AgentId>,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, Unavailable> {
+        self.begin(agent, work).await?.await.map_err(|_| Unavailable)
+    }
+
+    /// [`Writer::run`] that returns as soon as the work has its place in the queue. The result comes after the commit;
+    /// where its sender is dropped, nothing is in the store.
+    ///
+    /// # Errors
+    /// [`Unavailable`]: the thread has ended.
+    pub async fn begin<T: Send + 'static>(
+        &self,
+        agent: Option<AgentId>,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<oneshot::Receiver<T>, Unavailable> {
         let (reply, answer) = oneshot::channel();
         let work = Box::new(move |tx: &mut Transaction<'_>| {
             let savepoint = tx.savepoint()?;
@@ -83,7 +96,7 @@ impl Writer {
             Ok(Box::new(move || drop(reply.send(result))) as Answer)
         });
         self.jobs.send(Job { agent, work }).await.map_err(|_| Unavailable)?;
-        answer.await.map_err(|_| Unavailable)
+        Ok(answer)
     }
 
     /// Returns when the thread has ended, though this asks for more: it panicked, and nothing is stored any more.

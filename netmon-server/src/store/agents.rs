@@ -1,10 +1,14 @@
 //! Who may deliver: agents (the allow-list) and enrolment tokens.
 
 use jiff::tz::TimeZone;
+use netmon_common::raw::Raw;
+use netmon_common::wire::About;
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params};
 
-use crate::seat;
+use super::history::add_notice;
+use crate::notice::Notice;
 use crate::tokens::{self, Refusal, StoredToken};
+use crate::{chain, seat};
 
 /// An agent's number in this store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,6 +25,8 @@ pub struct Agent {
     pub seat: String,
     /// Since when it may not deliver any more.
     pub revoked_ns: Option<i64>,
+    /// Until when it is not let in, because it broke the protocol again and again.
+    pub quarantined_ns: Option<i64>,
 }
 
 /// What the `agents` command shows of one.
@@ -116,8 +122,15 @@ pub fn enrol(
     let renamed = free_label(conn, &wanted)?;
     let seat = seat::unique(&wanted, |label| is_taken(conn, label))?;
     conn.execute(
-        "INSERT INTO agents (uuid, seat, spki_sha256, hostname, enrolled_ns) VALUES (?1, ?2, ?3, ?4, ?5)",
-        params![newcomer.uuid, seat, newcomer.spki_sha256, newcomer.hostname, now_ns],
+        "INSERT INTO agents (uuid, seat, spki_sha256, hostname, enrolled_ns, head) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        params![
+            newcomer.uuid,
+            seat,
+            newcomer.spki_sha256,
+            newcomer.hostname,
+            now_ns,
+            chain::start(&newcomer.uuid)
+        ],
     )?;
     Ok(Enrolled::As { seat, renamed })
 }
@@ -141,7 +154,7 @@ fn is_taken(conn: &Connection, label: &str) -> rusqlite::Result<bool> {
 fn free_label(conn: &Connection, label: &str) -> rusqlite::Result<Option<AgentId>> {
     let revoked = conn
         .prepare_cached(
-            "SELECT id, uuid, seat, revoked_ns FROM agents
+            "SELECT id, uuid, seat, revoked_ns, quarantined_ns FROM agents
              WHERE seat = ?1 COLLATE NOCASE AND revoked_ns IS NOT NULL",
         )?
         .query_row([label], agent)
@@ -195,19 +208,43 @@ fn agent(row: &Row<'_>) -> rusqlite::Result<Agent> {
         uuid: row.get("uuid")?,
         seat: row.get("seat")?,
         revoked_ns: row.get("revoked_ns")?,
+        quarantined_ns: row.get("quarantined_ns")?,
     })
 }
 
-/// The agent with this key, revoked ones included.
+/// The agent with this key, revoked ones included; the key of a renewed certificate is one, too.
 pub fn agent_by_key(conn: &Connection, spki_sha256: &[u8; 32]) -> rusqlite::Result<Option<Agent>> {
-    conn.prepare_cached("SELECT id, uuid, seat, revoked_ns FROM agents WHERE spki_sha256 = ?1")?
-        .query_row([spki_sha256.as_slice()], agent)
-        .optional()
+    conn.prepare_cached(
+        "SELECT id, uuid, seat, revoked_ns, quarantined_ns FROM agents WHERE spki_sha256 = ?1 OR next_spki_sha256 = ?1",
+    )?
+    .query_row([spki_sha256.as_slice()], agent)
+    .optional()
+}
+
+/// An agent gets a certificate for a new key; both keys are its own until it has used the new one.
+pub fn renew(conn: &Connection, id: AgentId, spki_sha256: &[u8; 32]) -> rusqlite::Result<()> {
+    conn.execute("UPDATE agents SET next_spki_sha256 = ?2 WHERE id = ?1", params![id.0, spki_sha256])?;
+    Ok(())
+}
+
+/// An agent has connected with this key: if it is the new one, the old one is not its own any more.
+pub fn used_key(conn: &Connection, id: AgentId, spki_sha256: &[u8; 32]) -> rusqlite::Result<()> {
+    conn.prepare_cached(
+        "UPDATE agents SET spki_sha256 = ?2, next_spki_sha256 = NULL WHERE id = ?1 AND next_spki_sha256 = ?2",
+    )?
+    .execute(params![id.0, spki_sha256])?;
+    Ok(())
+}
+
+/// An agent is not let in for a while.
+pub fn quarantine(conn: &Connection, id: AgentId, until_ns: i64) -> rusqlite::Result<()> {
+    conn.execute("UPDATE agents SET quarantined_ns = ?2 WHERE id = ?1", [id.0, until_ns])?;
+    Ok(())
 }
 
 /// The agent with this number.
 pub fn agent_by_id(conn: &Connection, id: AgentId) -> rusqlite::Result<Option<Agent>> {
-    conn.prepare_cached("SELECT id, uuid, seat, revoked_ns FROM agents WHERE id = ?1")?
+    conn.prepare_cached("SELECT id, uuid, seat, revoked_ns, quarantined_ns FROM agents WHERE id = ?1")?
         .query_row([id.0], agent)
         .optional()
 }
@@ -219,8 +256,9 @@ pub fn is_allowed(conn: &Connection, id: AgentId) -> rusqlite::Result<bool> {
 
 /// The agents that `name` means: the one with that label, whatever its case, else all whose UUID starts with it.
 pub fn find_seat(conn: &Connection, name: &str) -> rusqlite::Result<Vec<Agent>> {
-    let mut exact =
-        conn.prepare_cached("SELECT id, uuid, seat, revoked_ns FROM agents WHERE seat = ?1 COLLATE NOCASE")?;
+    let mut exact = conn.prepare_cached(
+        "SELECT id, uuid, seat, revoked_ns, quarantined_ns FROM agents WHERE seat = ?1 COLLATE NOCASE",
+    )?;
     if let Some(found) = exact.query_row([name], agent).optional()? {
         return Ok(vec![found]);
     }
@@ -229,7 +267,7 @@ pub fn find_seat(conn: &Connection, name: &str) -> rusqlite::Result<Vec<Agent>> 
         return Ok(Vec::new());
     }
     conn.prepare_cached(
-        "SELECT id, uuid, seat, revoked_ns FROM agents
+        "SELECT id, uuid, seat, revoked_ns, quarantined_ns FROM agents
          WHERE substr(lower(hex(uuid)), 1, ?1) = ?2 ORDER BY seat",
     )?
     .query_map(params![hex.len() as i64, hex], agent)?
@@ -240,6 +278,9 @@ pub fn find_seat(conn: &Connection, name: &str) -> rusqlite::Result<Vec<Agent>> 
 pub fn revoke(conn: &Connection, id: AgentId, now_ns: i64) -> rusqlite::Result<bool> {
     let changed = conn
         .execute("UPDATE agents SET revoked_ns = ?2 WHERE id = ?1 AND revoked_ns IS NULL", [id.0, now_ns])?;
+    if changed == 1 {
+        add_notice(conn, id, &Notice::Revoked, now_ns)?;
+    }
     Ok(changed == 1)
 }
 
@@ -248,8 +289,8 @@ pub fn connected(
     conn: &Connection,
     id: AgentId,
     connection: u64,
-    hostname: &[u8],
-    agent_version: &[u8],
+    hostname: &Raw,
+    agent_version: &Raw,
     now_ns: i64,
 ) -> rusqlite::Result<()> {
     // The older of two connections may come second here: the newer one stays.
@@ -260,9 +301,26 @@ pub fn connected(
          WHERE id = :id",
     )?
     .execute(named_params! {
-        ":id": id.0, ":connection": connection as i64, ":hostname": hostname, ":version": agent_version,
-        ":now": now_ns,
+        ":id": id.0, ":connection": connection as i64, ":hostname": hostname.as_bytes(),
+        ":version": agent_version.as_bytes(), ":now": now_ns,
     })?;
+    Ok(())
+}
+
+/// Keeps how an agent introduced itself. A checkpoint that it holds (whose signature the caller has verified) and that the
+/// store does not have is noticed: the store was set back, or its end was cut off.
+pub fn introduced(conn: &Connection, id: AgentId, about: &About, now_ns: i64) -> rusqlite::Result<()> {
+    let bytes = postcard::to_stdvec(&About { witness: None, ..about.clone() }).unwrap_or_default();
+    conn.prepare_cached("UPDATE agents SET about = ?2 WHERE id = ?1")?.execute(params![id.0, bytes])?;
+    let Some(witness) = &about.witness else { return Ok(()) };
+    let known: Option<[u8; 32]> = conn
+        .prepare_cached("SELECT head FROM checkpoints WHERE agent = ?1 AND size = ?2")?
+        .query_row([id.0, witness.size as i64], |row| row.get(0))
+        .optional()?;
+    if known != Some(witness.head) {
+        let notice = Notice::StoreSetBack { size: witness.size, signed_ns: witness.signed_ns };
+        add_notice(conn, id, &notice, now_ns)?;
+    }
     Ok(())
 }
 

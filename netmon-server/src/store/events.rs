@@ -1,9 +1,13 @@
 //! Events, watermarks and gaps.
 
+use netmon_common::wire::fingerprint;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::AgentId;
+use super::history::{self, History, Stored};
+use crate::chain::Entry;
 use crate::ingest::{self, Checked, EPOCHS_TIME_NS, FIRST_SEQ, Fault, Known, Place};
+use crate::notice::Notice;
 
 /// One item of a seat's history.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +36,13 @@ pub enum What {
         since_ns: i64,
         /// When it was noticed, the server's clock.
         noticed_ns: i64,
+    },
+    /// What the server itself noticed.
+    Notice {
+        /// When, the server's clock.
+        noticed_ns: i64,
+        /// What; `None`: a newer server wrote it.
+        notice: Option<Notice>,
     },
 }
 
@@ -90,12 +101,11 @@ pub fn open_epoch(
         Ok(opening) => opening,
         Err(fault) => return Ok(Err(fault)),
     };
-    if opening.restarts {
-        add_gap(conn, agent, epoch, UNKNOWN, now_ns)?;
+    let mut history = History::open(conn, agent)?;
+    for gap in [opening.restarts.then_some(UNKNOWN), opening.gap].into_iter().flatten() {
+        history.gap(epoch, gap, now_ns)?;
     }
-    if let Some(gap) = opening.gap {
-        add_gap(conn, agent, epoch, gap, now_ns)?;
-    }
+    history.close()?;
     // Without records, too: the next hello finds the epoch known.
     if known != Known::Expecting(opening.next_seq) {
         set_watermark(conn, agent, epoch, opening.next_seq)?;
@@ -128,25 +138,6 @@ fn known(conn: &Connection, agent: AgentId, epoch: u64, now_ns: i64) -> rusqlite
 /// A gap of nobody knows how many records.
 const UNKNOWN: (u64, u64) = (1, 0);
 
-fn add_gap(
-    conn: &Connection,
-    agent: AgentId,
-    epoch: u64,
-    (from, to): (u64, u64),
-    now_ns: i64,
-) -> rusqlite::Result<()> {
-    let (n, since_ns): (i64, Option<i64>) = conn
-        .prepare_cached("SELECT next_n, record_ns FROM agents WHERE id = ?1")?
-        .query_row([agent.0], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    let since_ns = since_ns.unwrap_or(now_ns);
-    conn.prepare_cached(
-        "INSERT INTO gaps (agent, n, epoch, from_seq, to_seq, since_ns, noticed_ns)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-    )?
-    .execute(params![agent.0, n, epoch as i64, from as i64, to as i64, since_ns, now_ns])?;
-    set_next_n(conn, agent, n + 1)
-}
-
 /// Stores what is new of a batch and moves the watermark.
 pub fn append(
     conn: &Connection,
@@ -160,72 +151,62 @@ pub fn append(
     if first_seq > start {
         return Ok(BatchOutcome::Resume { next_seq: start });
     }
-    let mut expected = start;
-    let mut new = 0;
-    let mut stored =
-        conn.prepare_cached("SELECT record FROM events WHERE agent = ?1 AND epoch = ?2 AND seq = ?3")?;
-    let mut insert = conn.prepare_cached(
-        "INSERT INTO events (agent, n, epoch, seq, wall_ns, received_ns, record)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-    )?;
-    let mut n: i64 = conn
-        .prepare_cached("SELECT next_n FROM agents WHERE id = ?1")?
-        .query_row([agent.0], |row| row.get(0))?;
+    let mut history = History::open(conn, agent)?;
+    let (mut expected, mut new, mut backlog) = (start, 0, None);
     for item in items {
-        match (ingest::place(expected, item), &item.record) {
-            (Place::Known, None) => {}
-            (Place::Known, Some(record)) => {
-                let params = params![agent.0, epoch as i64, item.seq as i64];
-                let same = stored
-                    .query_row(params, |row| Ok(row.get_ref(0)?.as_blob()? == record.bytes.as_slice()))
-                    .optional()?;
+        match ingest::place(expected, item) {
+            Place::Known(None) => {}
+            Place::Known(Some(record)) => {
+                let same = record_bytes(conn, agent, epoch, item.seq, |bytes| bytes == record.bytes)?;
                 // None: it lies in a gap that was named before, and stays one.
                 if same == Some(false) {
                     return Ok(BatchOutcome::Rewritten { seq: item.seq });
                 }
             }
-            (Place::Next | Place::Gap(..), Some(r)) => {
-                insert.execute(params![
-                    agent.0,
-                    n,
-                    epoch as i64,
-                    item.seq as i64,
-                    r.wall_ns,
-                    now_ns,
-                    r.bytes
-                ])?;
-                n += 1;
+            Place::Next(record) => {
+                history.record(epoch, item.seq, record.wall_ns, now_ns, &record.bytes)?;
                 new += 1;
+                backlog = record.backlog.or(backlog);
                 expected = item.next_seq;
             }
-            (Place::Next, None) => {}
-            (Place::Gap(from, to), None) => {
-                set_next_n(conn, agent, n)?;
-                add_gap(conn, agent, epoch, (from, to), now_ns)?;
-                n += 1;
+            Place::Gap(from, to) => {
+                history.gap(epoch, (from, to), now_ns)?;
                 expected = item.next_seq;
             }
         }
     }
-    let records = || items.iter().filter_map(|item| item.record.as_ref());
     if expected != start {
-        set_next_n(conn, agent, n)?;
+        history.close()?;
         set_watermark(conn, agent, epoch, expected)?;
-    }
-    if new > 0 {
-        let backlog = records().rev().find_map(|record| record.backlog).map(|backlog| backlog as i64);
-        let newest_ns = records().next_back().map(|record| record.wall_ns);
         conn.prepare_cached(
-            "UPDATE agents SET record_ns = ?2, received_ns = ?3, backlog = coalesce(?4, backlog) WHERE id = ?1",
+            "UPDATE agents SET received_ns = iif(?2, ?3, received_ns), backlog = coalesce(?4, backlog) WHERE id = ?1",
         )?
-        .execute(params![agent.0, newest_ns, now_ns, backlog])?;
+        .execute(params![agent.0, new > 0, now_ns, backlog.map(|backlog: u64| backlog as i64)])?;
     }
     Ok(BatchOutcome::Stored { through: expected - 1, new })
 }
 
-fn set_next_n(conn: &Connection, agent: AgentId, n: i64) -> rusqlite::Result<()> {
-    conn.prepare_cached("UPDATE agents SET next_n = ?2 WHERE id = ?1")?.execute([agent.0, n])?;
-    Ok(())
+/// What a stored record looks like to `look`; `None`: there is none.
+fn record_bytes<T>(
+    conn: &Connection,
+    agent: AgentId,
+    epoch: u64,
+    seq: u64,
+    look: impl FnOnce(&[u8]) -> T,
+) -> rusqlite::Result<Option<T>> {
+    conn.prepare_cached("SELECT record FROM events WHERE agent = ?1 AND epoch = ?2 AND seq = ?3")?
+        .query_row([agent.0, epoch as i64, seq as i64], |row| Ok(look(row.get_ref(0)?.as_blob()?)))
+        .optional()
+}
+
+/// [`fingerprint`] of a record, where the store has it.
+pub fn record_fingerprint(
+    conn: &Connection,
+    agent: AgentId,
+    epoch: u64,
+    seq: u64,
+) -> rusqlite::Result<Option<[u8; 16]>> {
+    record_bytes(conn, agent, epoch, seq, fingerprint)
 }
 
 /// The record that is expected next; `None` for an epoch that no hello named.
@@ -248,24 +229,23 @@ fn set_watermark(conn: &Connection, agent: AgentId, epoch: u64, next_seq: u64) -
 
 /// Up to `limit` items of a seat's history, from place `from` on, in order.
 pub fn items_from(conn: &Connection, agent: AgentId, from: i64, limit: usize) -> rusqlite::Result<Vec<Item>> {
-    conn.prepare_cached(
-        "SELECT n, received_ns, record, NULL, NULL FROM events WHERE agent = ?1 AND n >= ?2
-         UNION ALL
-         SELECT n, noticed_ns, NULL, to_seq - from_seq + 1, since_ns FROM gaps WHERE agent = ?1 AND n >= ?2
-         ORDER BY n LIMIT ?3",
-    )?
-    .query_map(params![agent.0, from, limit as i64], |row| {
-        let what = match row.get::<_, Option<Vec<u8>>>(2)? {
-            Some(bytes) => What::Record { received_ns: row.get(1)?, bytes },
-            None => What::Gap {
-                count: u64::try_from(row.get::<_, i64>(3)?).ok().filter(|count| *count > 0),
-                since_ns: row.get(4)?,
-                noticed_ns: row.get(1)?,
-            },
+    Ok(history::stored_from(conn, agent, from, limit)?.into_iter().map(Item::from).collect())
+}
+
+impl From<Stored> for Item {
+    fn from(stored: Stored) -> Self {
+        let what = match stored.entry() {
+            Entry::Record { received_ns, bytes, .. } => What::Record { received_ns, bytes: bytes.to_vec() },
+            Entry::Gap { from, to, since_ns, noticed_ns, .. } => {
+                let count = (from <= to).then(|| (to - from).saturating_add(1));
+                What::Gap { count, since_ns, noticed_ns }
+            }
+            Entry::Notice { noticed_ns, bytes } => {
+                What::Notice { noticed_ns, notice: Notice::from_bytes(bytes) }
+            }
         };
-        Ok(Item { n: row.get(0)?, what })
-    })?
-    .collect()
+        Self { n: stored.n, what }
+    }
 }
 
 /// The place from which on a seat's history has `count` items.

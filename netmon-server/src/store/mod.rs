@@ -5,6 +5,8 @@
 
 mod agents;
 mod events;
+pub mod history;
+mod presence;
 
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
@@ -14,16 +16,19 @@ use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
 pub use agents::{
     Agent, AgentId, AgentSummary, Enrolled, Newcomer, add_token, agent_by_id, agent_by_key, connected,
-    disconnected, enrol, find_seat, forget_connections, is_allowed, revoke, revoked_connections, summaries,
+    disconnected, enrol, find_seat, forget_connections, introduced, is_allowed, quarantine, renew, revoke,
+    revoked_connections, summaries, used_key,
 };
 pub use events::{
-    BatchOutcome, Item, SeatLog, What, append, first_of_last, items_from, open_epoch, save_seat_log, seat_log,
+    BatchOutcome, Item, SeatLog, What, append, first_of_last, items_from, open_epoch, record_fingerprint,
+    save_seat_log, seat_log,
 };
+pub use presence::{Known, alive, known, save_alive, save_presence};
 
 /// Marks the file as netmon's (`PRAGMA application_id`): "nmon".
 const APPLICATION_ID: i32 = 0x6e6d_6f6e;
 /// Version of the schema (`PRAGMA user_version`).
-const SCHEMA_VERSION: i32 = 1;
+const SCHEMA_VERSION: i32 = 2;
 /// How long a writer waits for another process's transaction.
 const BUSY: Duration = Duration::from_secs(10);
 
@@ -105,13 +110,17 @@ impl Store {
         Self::checked(connect(path)?, path)
     }
 
-    fn checked(conn: Connection, path: &Path) -> Result<Self, StoreError> {
-        let pragma =
-            |name| conn.pragma_query_value(None, name, |row| row.get(0)).map_err(|e| open_error(path, e));
-        if pragma("application_id")? != APPLICATION_ID {
+    fn checked(mut conn: Connection, path: &Path) -> Result<Self, StoreError> {
+        let pragma = |conn: &Connection, name| {
+            conn.pragma_query_value(None, name, |row| row.get(0)).map_err(|e| open_error(path, e))
+        };
+        if pragma(&conn, "application_id")? != APPLICATION_ID {
             return Err(StoreError::NotAStore(path.into()));
         }
-        match pragma("user_version")? {
+        if pragma(&conn, "user_version")? == 1 {
+            migrate(&mut conn).map_err(|source| open_error(path, source))?;
+        }
+        match pragma(&conn, "user_version")? {
             SCHEMA_VERSION => Ok(Self { conn }),
             found => Err(StoreError::Version { path: path.into(), found }),
         }
@@ -143,6 +152,20 @@ impl Store {
         tx.commit()?;
         Ok(result)
     }
+}
+
+/// Brings a store of format 1 to format 2, in one transaction.
+fn migrate(conn: &mut Connection) -> rusqlite::Result<()> {
+    let tx = conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    // Another process may have been faster.
+    let version: i32 = tx.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    if version == 1 {
+        tracing::info!("bringing the store to its new format");
+        tx.execute_batch(include_str!("migrate_1.sql"))?;
+        history::chain_all(&tx)?;
+        tx.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+    }
+    tx.commit()
 }
 
 fn connect(path: &Path) -> Result<Connection, StoreError> {

@@ -10,12 +10,20 @@ CREATE TABLE agents (
     enrolled_ns     INTEGER NOT NULL,
     revoked_ns      INTEGER,
     next_n          INTEGER NOT NULL DEFAULT 1,  -- place of the next item in this seat's history
+    head            BLOB NOT NULL,         -- where the chain over the items ends
     connection      INTEGER,               -- number of its live connection; NULL: none
     connected_ns    INTEGER,
     seen_ns         INTEGER,               -- end of its last connection
     record_ns       INTEGER,               -- its newest record, by the PC's clock
     received_ns     INTEGER,               -- the same, by the server's clock
-    backlog         INTEGER                -- as its newest heartbeat says
+    backlog         INTEGER,               -- as its newest heartbeat says
+    next_spki_sha256 BLOB UNIQUE,          -- the key of a renewed certificate that was not used yet
+    about           BLOB,                  -- postcard of its newest About
+    heard_ns        INTEGER,               -- the newest sign of life, the server's clock
+    heartbeat       BLOB,                  -- postcard of its newest Heartbeat
+    offset_ns       INTEGER,               -- its clock minus the server's, as last noticed
+    missing_ns      INTEGER,               -- since when nothing was heard; NULL: it is heard
+    quarantined_ns  INTEGER                -- until when it is not let in
 ) STRICT;
 
 CREATE TABLE tokens (
@@ -36,7 +44,7 @@ CREATE TABLE epochs (
     PRIMARY KEY (agent, epoch)
 ) STRICT, WITHOUT ROWID;
 
--- A seat's history in order of arrival: n counts events and gaps together.
+-- A seat's history in order of arrival: n counts events, gaps and notices together.
 CREATE TABLE events (
     agent           INTEGER NOT NULL,
     n               INTEGER NOT NULL,
@@ -44,6 +52,7 @@ CREATE TABLE events (
     seq             INTEGER NOT NULL,
     wall_ns         INTEGER NOT NULL,      -- recorded, the PC's clock
     received_ns     INTEGER NOT NULL,      -- received, the server's clock
+    link            INTEGER NOT NULL,      -- start of the chain's end with this item
     record          BLOB NOT NULL,         -- the bytes as they came
     PRIMARY KEY (agent, n)
 ) STRICT, WITHOUT ROWID;
@@ -60,8 +69,35 @@ CREATE TABLE gaps (
     to_seq          INTEGER NOT NULL,
     since_ns        INTEGER NOT NULL,      -- the newest record before it, the PC's clock
     noticed_ns      INTEGER NOT NULL,      -- the server's clock
+    link            INTEGER NOT NULL,
     PRIMARY KEY (agent, n)
 ) STRICT, WITHOUT ROWID;
+
+-- What the server itself noticed.
+CREATE TABLE notices (
+    agent           INTEGER NOT NULL,
+    n               INTEGER NOT NULL,
+    noticed_ns      INTEGER NOT NULL,      -- the server's clock
+    notice          BLOB NOT NULL,         -- postcard
+    link            INTEGER NOT NULL,
+    PRIMARY KEY (agent, n)
+) STRICT, WITHOUT ROWID;
+
+-- What the server signed of each history: so many items, and where the chain ended with the last of them.
+CREATE TABLE checkpoints (
+    agent           INTEGER NOT NULL,
+    size            INTEGER NOT NULL,
+    head            BLOB NOT NULL,
+    signed_ns       INTEGER NOT NULL,
+    signature       BLOB NOT NULL,
+    PRIMARY KEY (agent, size)
+) STRICT, WITHOUT ROWID;
+
+-- One row: until when this server surely ran.
+CREATE TABLE server (
+    one             INTEGER PRIMARY KEY CHECK (one = 1),
+    alive_ns        INTEGER NOT NULL
+) STRICT;
 
 -- How far the readable logs were safely on disk: items below next_n are within the first bytes of the files.
 CREATE TABLE seat_logs (

@@ -4,10 +4,11 @@ use std::ops::RangeInclusive;
 
 use jiff::tz::TimeZone;
 use netmon_common::model::{Event, Hook, Interface, Record};
-use netmon_common::wire;
+use netmon_common::wire::{self, About, Checkpoint};
 
 use super::*;
 use crate::ingest::{Checked, Fault, check};
+use crate::notice::Notice;
 use crate::tokens;
 
 const HOUR: i64 = 3_600_000_000_000;
@@ -74,7 +75,7 @@ impl Fixture {
         let items = items_from(self.conn(), agent, 1, 10_000).unwrap();
         let seq = |item: &Item| match &item.what {
             What::Record { bytes, .. } => Some(Record::from_bytes(bytes).unwrap().seq),
-            What::Gap { .. } => None,
+            What::Gap { .. } | What::Notice { .. } => None,
         };
         items.iter().filter_map(seq).collect()
     }
@@ -273,7 +274,7 @@ fn a_revoked_agent_is_not_allowed_but_its_history_stays() {
     let room = Fixture::new();
     let agent = room.agent("pc");
     room.append(agent, 7, 1..=3);
-    connected(room.conn(), agent, 4, b"pc", b"1", 5).unwrap();
+    connected(room.conn(), agent, 4, &"pc".into(), &"1".into(), 5).unwrap();
     assert!(is_allowed(room.conn(), agent).unwrap());
     assert!(revoke(room.conn(), agent, 9).unwrap());
     assert!(!revoke(room.conn(), agent, 10).unwrap(), "already");
@@ -286,9 +287,9 @@ fn a_revoked_agent_is_not_allowed_but_its_history_stays() {
 fn the_end_of_an_older_connection_does_not_end_the_newer_one() {
     let room = Fixture::new();
     let agent = room.agent("pc");
-    connected(room.conn(), agent, 1, b"pc", b"1", 5).unwrap();
-    connected(room.conn(), agent, 2, b"pc", b"1", 6).unwrap();
-    connected(room.conn(), agent, 1, b"pc", b"1", 7).unwrap();
+    connected(room.conn(), agent, 1, &"pc".into(), &"1".into(), 5).unwrap();
+    connected(room.conn(), agent, 2, &"pc".into(), &"1".into(), 6).unwrap();
+    connected(room.conn(), agent, 1, &"pc".into(), &"1".into(), 7).unwrap();
     disconnected(room.conn(), agent, 1, 7).unwrap();
     assert_eq!(summaries(room.conn()).unwrap()[0].connected_ns, Some(6));
     disconnected(room.conn(), agent, 2, 8).unwrap();
@@ -312,9 +313,145 @@ fn a_seat_is_found_by_label_or_by_the_start_of_its_uuid() {
 fn another_database_and_a_newer_store_are_not_touched() {
     let room = Fixture::new();
     let path = room.path().join("store.sqlite");
-    room.conn().pragma_update(None, "user_version", 2).unwrap();
-    assert!(matches!(Store::open(&path), Err(StoreError::Version { found: 2, .. })));
-    assert!(matches!(Store::create(&path), Err(StoreError::Version { found: 2, .. })));
+    room.conn().pragma_update(None, "user_version", 3).unwrap();
+    assert!(matches!(Store::open(&path), Err(StoreError::Version { found: 3, .. })));
+    assert!(matches!(Store::create(&path), Err(StoreError::Version { found: 3, .. })));
     room.conn().pragma_update(None, "application_id", 1).unwrap();
     assert!(matches!(Store::open(&path), Err(StoreError::NotAStore(_))));
+}
+
+/// Checks a history against its chain, as `verify` does.
+fn assert_chained(conn: &Connection, agent: AgentId) {
+    let uuid = agent_by_id(conn, agent).unwrap().unwrap().uuid;
+    let items = history::stored_from(conn, agent, 1, 10_000).unwrap();
+    let mut head = crate::chain::start(&uuid);
+    for (item, n) in items.iter().zip(1..) {
+        assert_eq!(item.n, n);
+        head = crate::chain::link(&head, n as u64, &item.entry());
+        assert_eq!(item.link, crate::chain::short(&head), "item {n}");
+    }
+    assert_eq!(history::size_and_head(conn, agent).unwrap(), (items.len() as u64, head));
+}
+
+#[test]
+fn records_gaps_and_notices_are_one_chain() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    open_epoch(room.conn(), agent, 7, 3, 0).unwrap().unwrap();
+    room.append(agent, 7, 3..=5);
+    history::add_notice(room.conn(), agent, &Notice::Missing { since_ns: 1 }, 2).unwrap();
+    room.append(agent, 7, 4..=9);
+    assert_eq!(items_from(room.conn(), agent, 1, 100).unwrap().len(), 1 + 3 + 1 + 4);
+    assert_chained(room.conn(), agent);
+}
+
+#[test]
+fn a_hole_in_a_batch_is_a_gap_of_its_own() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    let item = |seq: u64| records(seq..=seq).remove(0);
+    let hole = |seq, next_seq| Checked { seq, next_seq, record: None };
+    let items = [item(1), hole(2, 5), item(5)];
+    assert_eq!(append(room.conn(), agent, 7, 1, &items, 0).unwrap(), stored(5, 2));
+    // The same again, and a hole over what is there.
+    assert_eq!(append(room.conn(), agent, 7, 1, &items, 0).unwrap(), stored(5, 0));
+    assert_eq!(append(room.conn(), agent, 7, 1, &[hole(1, 8)], 0).unwrap(), stored(7, 0));
+    assert_eq!(room.seqs(agent), [1, 5]);
+    let counts: Vec<_> = items_from(room.conn(), agent, 1, 10)
+        .unwrap()
+        .into_iter()
+        .filter_map(|item| match item.what {
+            What::Gap { count, .. } => count,
+            _ => None,
+        })
+        .collect();
+    assert_eq!(counts, [3, 2]);
+    assert_chained(room.conn(), agent);
+}
+
+#[test]
+fn a_store_of_format_1_is_brought_to_this_one_and_keeps_everything() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store.sqlite");
+    let old = Connection::open(&path).unwrap();
+    old.execute_batch(include_str!("schema_1.sql")).unwrap();
+    old.pragma_update(None, "application_id", APPLICATION_ID).unwrap();
+    old.pragma_update(None, "user_version", 1).unwrap();
+    old.execute_batch(
+        "INSERT INTO agents (id, uuid, seat, spki_sha256, hostname, enrolled_ns, next_n)
+             VALUES (1, zeroblob(16), 'pc', zeroblob(32), x'', 0, 4);
+         INSERT INTO epochs VALUES (1, 7, 4);
+         INSERT INTO gaps VALUES (1, 2, 7, 2, 2, 0, 0);",
+    )
+    .unwrap();
+    for (n, record) in [(1, &records(1..=1)[0]), (3, &records(3..=3)[0])] {
+        let bytes = &record.record.as_ref().unwrap().bytes;
+        old.execute(
+            "INSERT INTO events (agent, n, epoch, seq, wall_ns, received_ns, record) VALUES (1, ?1, 7, ?1, 0, 0, ?2)",
+            rusqlite::params![n, bytes],
+        )
+        .unwrap();
+    }
+    drop(old);
+    let store = Store::open(&path).unwrap();
+    assert_chained(store.conn(), AgentId(1));
+    assert_eq!(append(store.conn(), AgentId(1), 7, 4, &records(4..=4), 0).unwrap(), stored(4, 1));
+    assert_chained(store.conn(), AgentId(1));
+    let columns = |conn: &Connection| -> Vec<String> {
+        let mut names = conn.prepare("SELECT group_concat(t.name || '.' || c.name, ' ') FROM sqlite_schema t, pragma_table_info(t.name) c WHERE t.type = 'table' GROUP BY t.name ORDER BY t.name").unwrap();
+        let mut names: Vec<String> =
+            names.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+        names.iter_mut().for_each(|names| {
+            let mut sorted: Vec<_> = names.split(' ').collect();
+            sorted.sort_unstable();
+            *names = sorted.join(" ");
+        });
+        names
+    };
+    assert_eq!(columns(store.conn()), columns(Fixture::new().conn()), "as if it had been made anew");
+}
+
+#[test]
+fn a_renewed_key_takes_over_when_it_is_used_and_not_before() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    renew(room.conn(), agent, &[2; 32]).unwrap();
+    let owner = |key: u8| agent_by_key(room.conn(), &[key; 32]).unwrap().map(|agent| agent.id);
+    used_key(room.conn(), agent, &[1; 32]).unwrap();
+    assert_eq!([owner(1), owner(2)], [Some(agent); 2]);
+    used_key(room.conn(), agent, &[2; 32]).unwrap();
+    assert_eq!([owner(1), owner(2)], [None, Some(agent)]);
+}
+
+#[test]
+fn a_checkpoint_that_the_store_does_not_have_shows_that_it_was_set_back() {
+    let room = Fixture::new();
+    let agent = room.agent("pc");
+    room.append(agent, 7, 1..=3);
+    let (size, head) = history::size_and_head(room.conn(), agent).unwrap();
+    let checkpoint = Checkpoint { size, head, signed_ns: 5, signature: [[0; 32]; 2] };
+    history::add_checkpoint(room.conn(), agent, &checkpoint).unwrap();
+    assert_eq!(history::newest_checkpoint(room.conn(), agent).unwrap(), Some(checkpoint.clone()));
+    let notices = |witness: &Checkpoint| {
+        let about = About {
+            agent_version: "1".into(),
+            hostname: "pc".into(),
+            boot_id: [1; 16],
+            run: 1,
+            previous_died: false,
+            instance: 1,
+            connect: 1,
+            witness: Some(witness.clone()),
+        };
+        let before = size_of_history(&room, agent);
+        introduced(room.conn(), agent, &about, 9).unwrap();
+        size_of_history(&room, agent) - before
+    };
+    assert_eq!(notices(&checkpoint), 0);
+    assert_eq!(notices(&Checkpoint { size: 4, ..checkpoint.clone() }), 1);
+    assert_eq!(notices(&Checkpoint { head: [0; 32], ..checkpoint }), 1);
+}
+
+fn size_of_history(room: &Fixture, agent: AgentId) -> u64 {
+    history::size_and_head(room.conn(), agent).unwrap().0
 }

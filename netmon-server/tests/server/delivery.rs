@@ -3,7 +3,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::mpsc;
 
-use netmon_common::wire::{ToAgent, VERSION};
+use netmon_common::wire::ToAgent;
 
 use crate::harness::*;
 
@@ -92,7 +92,7 @@ async fn records_that_never_came_are_a_gap_at_their_place() {
     let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
     session.batch(EPOCH, 1..=2).await.unwrap();
     let welcome = session.hello(EPOCH, 9).await;
-    assert_eq!(welcome, Ok(ToAgent::Welcome { version: VERSION, next_seq: 9 }));
+    assert_eq!(welcome, Ok(ToAgent::Welcome { version: 1, next_seq: 9 }));
     assert_eq!(session.batch(EPOCH, 9..=9).await, ack(9));
     assert_eq!(room.numbers("pc"), [1, 2, 0, 9]);
     let usb = success(room.path(), &["log", "pc", "--usb", "--lines", "1"]);
@@ -109,7 +109,7 @@ async fn an_agent_drains_an_older_epoch_before_it_goes_on() {
     let (mut session, _) = agent.deliver(room.server(), 1).await;
     session.batch(1, 1..=2).await.unwrap();
     let welcome = session.hello(EPOCH, 1).await;
-    assert_eq!(welcome, Ok(ToAgent::Welcome { version: VERSION, next_seq: 1 }));
+    assert_eq!(welcome, Ok(ToAgent::Welcome { version: 1, next_seq: 1 }));
     assert_eq!(session.batch(EPOCH, 1..=1).await, ack(1));
     assert_eq!(room.numbers("pc"), [1, 2, 0, 1]);
 }
@@ -150,35 +150,43 @@ async fn absurd_holes_are_a_fault_and_histories_without_end_are_refused() {
 #[tokio::test]
 async fn who_breaks_the_protocol_is_closed_and_the_others_go_on() {
     let room = Room::new();
-    let (good, bad) = (room.agent("good").await, room.agent("bad").await);
+    let good = room.agent("good").await;
     let (mut honest, _) = good.deliver(room.server(), EPOCH).await;
     honest.batch(EPOCH, 1..=1).await.unwrap();
 
-    let (mut session, _) = bad.deliver(room.server(), EPOCH).await;
-    session.raw(&[0xff; 64]).await;
-    let reason = session.closed().await;
-    assert!(reason.contains("outside 1..="), "{reason}");
+    let bad = room.agent("bad").await;
+    for (frame, says) in [
+        (vec![0xff; 64], "outside 1..="),
+        (oversized_frame(), "outside 1..="),
+        (vec![1, 0, 0, 0, 0, 0, 0, 0, 7], "checksum"),
+    ] {
+        let (mut session, _) = bad.deliver(room.server(), EPOCH).await;
+        session.raw(&frame).await;
+        let reason = session.closed().await;
+        assert!(reason.contains(says), "{reason}");
+    }
+    // Three times are enough: it stays outside for a while, and its log says so.
+    room.server().says("agent is in quarantine");
+    let mut session = bad.connect(room.server()).await.unwrap();
+    let Ok(ToAgent::Refused { reason }) = session.hello(EPOCH, 1).await else { panic!("let in") };
+    assert!(reason.escaped().to_string().contains("seat bad is in quarantine until "), "{reason:?}");
+    let log = success(room.path(), &["log", "bad"]);
+    assert!(log.contains(" SERVER QUARANTINED until ") && log.contains("checksum"), "{log}");
 
-    let (mut session, _) = bad.deliver(room.server(), EPOCH).await;
-    session.raw(&oversized_frame()).await;
-    assert!(session.closed().await.contains("outside 1..="));
-
-    let (mut session, _) = bad.deliver(room.server(), EPOCH).await;
-    session.raw(&[1, 0, 0, 0, 0, 0, 0, 0, 7]).await;
-    assert!(session.closed().await.contains("checksum"));
-
-    let (mut session, _) = bad.deliver(room.server(), EPOCH).await;
+    let worse = room.agent("worse").await;
+    let (mut session, _) = worse.deliver(room.server(), EPOCH).await;
     session.send_batch(EPOCH - 1, 1..=1).await.unwrap();
     assert!(session.closed().await.contains("without a hello"));
 
-    let mut session = bad.connect(room.server()).await.unwrap();
+    let mut session = worse.connect(room.server()).await.unwrap();
     session.send_batch(EPOCH, 1..=1).await.unwrap();
     assert!(session.closed().await.contains("without a hello"));
 
     room.server().says("faults=5");
     assert_eq!(honest.batch(EPOCH, 2..=2).await, ack(2));
     assert_eq!(room.numbers("good"), [1, 2]);
-    assert!(room.numbers("bad").is_empty());
+    assert_eq!(room.numbers("bad"), [0]);
+    assert!(room.numbers("worse").is_empty());
 }
 
 #[tokio::test]
@@ -207,10 +215,10 @@ async fn another_version_of_the_protocol_is_refused_with_a_reason() {
     let room = Room::new();
     let agent = room.agent("pc").await;
     let mut session = agent.connect(room.server()).await.unwrap();
-    let Ok(ToAgent::Refused { reason }) = session.hello_of_version(VERSION + 1, EPOCH, 1).await else {
+    let Ok(ToAgent::Refused { reason }) = session.hello_of_version(9, EPOCH, 1).await else {
         panic!("not refused")
     };
-    assert!(reason.escaped().to_string().contains("speaks version 2"), "{reason:?}");
+    assert!(reason.escaped().to_string().contains("speaks version 9"), "{reason:?}");
 }
 
 #[tokio::test]
@@ -315,7 +323,8 @@ async fn a_revoked_agent_is_cut_off_at_once_and_not_let_in_again() {
     let mut session = agent.connect(room.server()).await.unwrap();
     let Ok(ToAgent::Refused { reason }) = session.hello(EPOCH, 1).await else { panic!("let in again") };
     assert!(reason.escaped().to_string().contains("revoked"), "{reason:?}");
-    assert_eq!(room.numbers("pc"), [1]);
+    assert_eq!(room.numbers("pc"), [1, 0]);
+    assert!(success(room.path(), &["log", "pc"]).contains(" SERVER REVOKED: "));
 }
 
 #[tokio::test]

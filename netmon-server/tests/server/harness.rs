@@ -264,7 +264,7 @@ impl Agent {
                 PrivateKeyDer::try_from(self.key.serialize_der()).unwrap(),
             )
             .unwrap();
-        let connection = connect(config, wire::ALPN, server.events).await?;
+        let connection = connect(config, wire::ALPN_1, server.events).await?;
         let (send, recv) = patience(connection.open_bi()).await.map_err(|error| error.to_string())?;
         Ok(Session { connection, send, recv })
     }
@@ -325,7 +325,7 @@ pub struct Session {
 
 impl Session {
     pub async fn hello(&mut self, epoch: u64, oldest_seq: u64) -> Result<ToAgent, String> {
-        self.hello_of_version(wire::VERSION, epoch, oldest_seq).await
+        self.hello_of_version(1, epoch, oldest_seq).await
     }
 
     pub async fn hello_of_version(

@@ -1,0 +1,119 @@
+//! How much of the server one agent may take. Pure.
+
+use std::time::Duration;
+
+/// Records (of the usual size) a second that an agent may deliver in the long run: a thousand times what a PC records, and
+/// an hour's backlog within seconds.
+pub const RATE: u64 = 2_000;
+/// Records that it may deliver at once.
+pub const BURST: u64 = 4_000;
+
+/// Faults within [`STRIKES_NS`] that put an agent into quarantine.
+pub const STRIKES: u32 = 3;
+/// Ten minutes.
+pub const STRIKES_NS: u64 = 600_000_000_000;
+/// The first quarantine. Each further one is twice as long.
+pub const QUARANTINE: Duration = Duration::from_secs(60);
+/// The longest quarantine.
+pub const LONGEST_QUARANTINE: Duration = Duration::from_secs(3600);
+
+/// A token bucket: who has spent it waits, and is not refused.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    rate: u64,
+    burst: u64,
+    /// Up to when the bucket's tokens are spent, boot clock; below now: that many are left.
+    spent_until_ns: u64,
+}
+
+impl Bucket {
+    /// A full bucket of `burst` tokens that gets `rate` a second.
+    pub fn new(rate: u64, burst: u64) -> Self {
+        Self { rate, burst, spent_until_ns: 0 }
+    }
+
+    /// Takes `cost` tokens; how long to wait before what they are for is done.
+    pub fn take(&mut self, cost: u64, now_ns: u64) -> Duration {
+        let time = |tokens: u64| tokens.saturating_mul(1_000_000_000) / self.rate.max(1);
+        let full_ns = now_ns.saturating_sub(time(self.burst));
+        self.spent_until_ns = self.spent_until_ns.max(full_ns).saturating_add(time(cost));
+        Duration::from_nanos(self.spent_until_ns.saturating_sub(now_ns))
+    }
+}
+
+/// How often an agent broke the protocol lately.
+#[derive(Clone, Debug, Default)]
+pub struct Strikes {
+    count: u32,
+    since_ns: u64,
+    quarantines: u32,
+}
+
+impl Strikes {
+    /// One more fault; for how long the agent is not let in, if that is enough.
+    pub fn strike(&mut self, now_ns: u64) -> Option<Duration> {
+        if now_ns.saturating_sub(self.since_ns) > STRIKES_NS {
+            *self = Self { since_ns: now_ns, quarantines: self.quarantines, ..Self::default() };
+        }
+        self.count += 1;
+        if self.count < STRIKES {
+            return None;
+        }
+        let doubled = QUARANTINE.saturating_mul(1 << self.quarantines.min(16));
+        self.quarantines = self.quarantines.saturating_add(1);
+        self.count = 0;
+        Some(doubled.min(LONGEST_QUARANTINE))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    #[test]
+    fn a_burst_is_free_and_then_the_rate_holds() {
+        let mut bucket = Bucket::new(100, 200);
+        let now = 1_000 * SECOND;
+        assert_eq!(bucket.take(200, now), Duration::ZERO);
+        assert_eq!(bucket.take(50, now), Duration::from_millis(500));
+        assert_eq!(bucket.take(50, now), Duration::from_secs(1));
+        assert_eq!(bucket.take(0, now + SECOND), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_bucket_never_holds_more_than_a_burst() {
+        let mut bucket = Bucket::new(100, 200);
+        assert_eq!(bucket.take(300, 1_000_000 * SECOND), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn a_cost_beyond_all_bounds_does_not_overflow() {
+        let mut bucket = Bucket::new(1, 1);
+        assert!(bucket.take(u64::MAX, 5) > Duration::from_secs(1));
+        assert!(bucket.take(u64::MAX, 5) > Duration::from_secs(1));
+    }
+
+    #[test]
+    fn the_third_fault_within_ten_minutes_is_a_quarantine_and_each_is_twice_as_long() {
+        let mut strikes = Strikes::default();
+        assert_eq!([strikes.strike(1), strikes.strike(2)], [None, None]);
+        assert_eq!(strikes.strike(3), Some(QUARANTINE));
+        assert_eq!([strikes.strike(4), strikes.strike(5)], [None, None]);
+        assert_eq!(strikes.strike(6), Some(2 * QUARANTINE));
+        for _ in 0..100 {
+            strikes.strike(7);
+        }
+        let longest = (0..3).filter_map(|_| strikes.strike(8)).next();
+        assert_eq!(longest, Some(LONGEST_QUARANTINE));
+    }
+
+    #[test]
+    fn faults_far_apart_are_forgiven() {
+        let mut strikes = Strikes::default();
+        for n in 0..100 {
+            assert_eq!(strikes.strike((n + 1) * (STRIKES_NS + 1)), None);
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The key with which the server signs how long each history is.
+
+use netmon_common::wire::Checkpoint;
+use rcgen::{KeyPair, PublicKeyData as _, SigningKey as _};
+use rustls::pki_types::CertificateDer;
+
+use crate::chain::{Head, statement};
+
+/// Why the key cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SigningError {
+    /// The file's content is not a key.
+    #[error("the key for the log is damaged")]
+    Key(#[source] rcgen::Error),
+    /// Another kind of key.
+    #[error("the key for the log is not Ed25519")]
+    Kind,
+    /// Signing failed.
+    #[error("cannot sign a checkpoint")]
+    Sign(#[source] rcgen::Error),
+}
+
+/// An Ed25519 key and the CA's certificate for it.
+pub struct LogKey {
+    key: KeyPair,
+    certificate: CertificateDer<'static>,
+}
+
+impl LogKey {
+    /// Takes up a key.
+    ///
+    /// # Errors
+    /// [`SigningError::Key`], [`SigningError::Kind`].
+    pub fn load(key_pem: &str, certificate: CertificateDer<'static>) -> Result<Self, SigningError> {
+        let key = KeyPair::from_pem(key_pem).map_err(SigningError::Key)?;
+        if key.algorithm() != &rcgen::PKCS_ED25519 {
+            return Err(SigningError::Kind);
+        }
+        Ok(Self { key, certificate })
+    }
+
+    /// The CA's certificate for the key.
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// The key's public part, 32 bytes.
+    pub fn public_key(&self) -> &[u8] {
+        self.key.der_bytes()
+    }
+
+    /// Signs that the history of agent `uuid` has `size` items and its chain ends in `head`.
+    ///
+    /// # Errors
+    /// [`SigningError::Sign`].
+    pub fn sign(
+        &self,
+        uuid: &[u8; 16],
+        size: u64,
+        head: Head,
+        signed_ns: i64,
+    ) -> Result<Checkpoint, SigningError> {
+        let bytes = self.key.sign(&statement(uuid, size, &head, signed_ns)).map_err(SigningError::Sign)?;
+        let mut signature = [[0; 32]; 2];
+        let halves = signature.as_flattened_mut();
+        if bytes.len() != halves.len() {
+            return Err(SigningError::Kind);
+        }
+        halves.copy_from_slice(&bytes);
+        Ok(Checkpoint { size, head, signed_ns, signature })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::is_signed;
+
+    #[test]
+    fn a_signature_holds_for_what_was_signed_and_for_nothing_else() {
+        let pem = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap().serialize_pem();
+        let key = LogKey::load(&pem, Vec::new().into()).unwrap();
+        let good = key.sign(&[1; 16], 2, [3; 32], 4).unwrap();
+        assert!(is_signed(&good, &[1; 16], key.public_key()));
+        assert!(!is_signed(&good, &[2; 16], key.public_key()));
+        for change in [
+            |c: &mut Checkpoint| c.size += 1,
+            |c: &mut Checkpoint| c.head[31] ^= 1,
+            |c: &mut Checkpoint| c.signed_ns += 1,
+            |c: &mut Checkpoint| c.signature[1][0] ^= 1,
+        ] {
+            let mut bad = good.clone();
+            change(&mut bad);
+            assert!(!is_signed(&bad, &[1; 16], key.public_key()));
+        }
+    }
+
+    #[test]
+    fn another_kind_of_key_is_refused() {
+        let pem = KeyPair::generate().unwrap().serialize_pem();
+        assert!(matches!(LogKey::load(&pem, Vec::new().into()), Err(SigningError::Kind)));
+        assert!(matches!(LogKey::load("nonsense", Vec::new().into()), Err(SigningError::Key(_))));
+    }
+}
