@@ -61,6 +61,7 @@ pub enum Command {
     Token(Token),
     /// List the agents: connected or last seen, newest record, backlog, gaps
     ///
+    /// STATE: MISSING is a PC that was not heard for eleven seconds, though it says every four that it watches.
     /// BACKLOG: records that waited in the agent's spool at its last heartbeat. GAPS: records that never
     /// came, or another history of the PC that began (its spool was lost).
     Agents {
@@ -82,6 +83,13 @@ pub enum Command {
     /// Times are in this machine's time zone (TZ). Records that came more than 5 s late say so; records that never
     /// came are a GAP line.
     Log(Log),
+    /// Prove that the histories are complete and unedited, or name the first thing that is wrong
+    ///
+    /// Every item of a history is chained to the one before, and once a minute the server signs how long each history is
+    /// and where its chain ends. Exit status 1 when anything was changed, removed, added or cut off.
+    Verify(Verify),
+    /// Write a PC's history to stdout, with all that `verify --file` needs on another machine
+    Export(Export),
 }
 
 /// `run`.
@@ -127,6 +135,31 @@ pub struct Log {
     /// Only what concerns USB
     #[arg(long)]
     pub usb: bool,
+}
+
+/// `verify`.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Only this seat: its label, or the start of the agent's UUID [default: all]
+    #[arg(value_name = "SEAT", conflicts_with = "file")]
+    pub seat: Option<String>,
+    /// An exported history instead of this server's store; - for standard input
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// With --file: the fingerprint of the CA of the server that it must be from, as `verify` prints it there
+    #[arg(long, value_name = "HEX", requires = "file")]
+    pub ca: Option<String>,
+    /// With --file: print the lines of the log as far as they are verified
+    #[arg(long, requires = "file")]
+    pub print: bool,
+}
+
+/// `export`.
+#[derive(Debug, Args)]
+pub struct Export {
+    /// Label of the seat, or the start of the agent's UUID
+    #[arg(value_name = "SEAT")]
+    pub seat: String,
 }
 
 fn event_address(text: &str) -> Result<SocketAddr, String> {

@@ -380,14 +380,13 @@ impl Collector {
         let now_ns = clock::wall_ns();
         let expires_ns = not_after.saturating_mul(1_000_000_000);
         let known = self.writer.run(None, move |conn| {
-            let agent = store::agent_by_key(conn, &key)?;
-            if let Some(agent) = &agent {
-                store::used_key(conn, agent.id, &key)?;
-            }
-            Ok(agent)
+            let Some(agent) = store::agent_by_key(conn, &key)? else { return Ok(None) };
+            store::used_key(conn, agent.id, &key)?;
+            Ok(Some((history::newest_checkpoint(conn, agent.id)?, agent)))
         });
-        let agent =
+        let (checkpoint, agent) =
             known.await?.ok_or_else(|| refused("this server does not know this agent's key; enrol again"))?;
+        lock(&self.agents).entry(agent.id).or_default().checkpoint = checkpoint;
         let zone = jiff::tz::TimeZone::system();
         if agent.revoked_ns.is_some() {
             return Err(revoked(&agent.seat).into());

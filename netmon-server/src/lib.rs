@@ -29,4 +29,5 @@ pub mod signing;
 pub mod store;
 mod tls;
 pub mod tokens;
+pub mod verification;
 pub mod writer;

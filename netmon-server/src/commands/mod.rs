@@ -1,6 +1,7 @@
 //! The commands beside `run`. They work while a server runs on the same directory.
 
 mod log;
+mod verify;
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -30,6 +31,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Agents { json } => agents(&data, *json),
         Command::Revoke { seat } => revoke(&data, seat),
         Command::Log(options) => log::log(&data, options),
+        Command::Verify(options) => verify::verify(&data, options),
+        Command::Export(options) => verify::export(&data, options),
     }
 }
 
@@ -69,7 +72,13 @@ fn agents(data: &DataDir, as_json: bool) -> anyhow::Result<()> {
     let store = open(data)?;
     let mut agents = store::summaries(store.conn()).with_context(|| read_failed(data))?;
     if !data.is_running() {
-        agents.iter_mut().for_each(|agent| agent.connected_ns = None);
+        for agent in &mut agents {
+            (agent.connected_ns, agent.missing_ns) = (None, None);
+        }
+    }
+    let now_ns = clock::wall_ns();
+    for agent in &mut agents {
+        agent.agent.quarantined_ns = agent.agent.quarantined_ns.filter(|until| *until > now_ns);
     }
     let zone = TimeZone::system();
     let time = |ns: Option<i64>| ns.map(|ns| logline::time(ns, &zone).to_string());
@@ -100,14 +109,24 @@ fn json(a: &AgentSummary, time: &impl Fn(Option<i64>) -> Option<String>) -> serd
         "gaps": a.gaps,
         "gap_records": a.gap_records,
         "gaps_of_unknown_size": a.restarts,
+        "missing_since": time(a.missing_ns),
+        "quarantined_until": time(a.agent.quarantined_ns),
+        "clock_offset_s": a.offset_ns as f64 / 1e9,
+        "heartbeat": a.heartbeat,
     })
 }
 
 fn row(a: &AgentSummary, time: &impl Fn(Option<i64>) -> Option<String>) -> [String; 7] {
     let state = if let Some(at) = time(a.agent.revoked_ns) {
         format!("revoked {at}")
+    } else if let Some(until) = time(a.agent.quarantined_ns) {
+        format!("QUARANTINED until {until}")
+    } else if let Some(since) = time(a.missing_ns) {
+        format!("MISSING since {since}")
     } else if let Some(since) = time(a.connected_ns) {
-        format!("connected since {since}")
+        let is_blind = a.heartbeat.as_ref().is_some_and(|beat| beat.coverage.interfaces.is_empty());
+        let blind = if is_blind { ", watches NO INTERFACE" } else { "" };
+        format!("connected since {since}{blind}")
     } else if let Some(at) = time(a.seen_ns) {
         format!("last seen {at}")
     } else {

@@ -2,10 +2,11 @@
 
 use jiff::tz::TimeZone;
 use netmon_common::raw::Raw;
-use netmon_common::wire::About;
+use netmon_common::wire::{About, Heartbeat};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params};
 
 use super::history::add_notice;
+use super::presence;
 use crate::notice::Notice;
 use crate::tokens::{self, Refusal, StoredToken};
 use crate::{chain, seat};
@@ -38,7 +39,7 @@ pub struct AgentSummary {
     pub hostname: Vec<u8>,
     /// Since when it is connected; only true while the server runs.
     pub connected_ns: Option<i64>,
-    /// End of its last connection, or its newest record, whichever is later.
+    /// End of its last connection, its newest record or its newest sign of life, whichever is latest.
     pub seen_ns: Option<i64>,
     /// Its newest record, by the PC's clock.
     pub record_ns: Option<i64>,
@@ -50,6 +51,12 @@ pub struct AgentSummary {
     pub gap_records: u64,
     /// Those of unknown size: another history began.
     pub restarts: u64,
+    /// Since when nothing was heard of it, though it should have been.
+    pub missing_ns: Option<i64>,
+    /// Its clock minus the server's, as last noticed.
+    pub offset_ns: i64,
+    /// Its newest heartbeat.
+    pub heartbeat: Option<Heartbeat>,
 }
 
 /// A PC that wants to be an agent.
@@ -357,17 +364,21 @@ pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
     )?
     .query_map([], |row| {
         let (seen, received): (Option<i64>, Option<i64>) = (row.get("seen_ns")?, row.get("received_ns")?);
+        let heard: Option<i64> = row.get("heard_ns")?;
         Ok(AgentSummary {
             agent: agent(row)?,
             hostname: row.get("hostname")?,
             connected_ns: row.get("connected_ns")?,
-            seen_ns: seen.max(received),
+            seen_ns: seen.max(received).max(heard),
             record_ns: row.get("record_ns")?,
             backlog: row.get::<_, Option<i64>>("backlog")?.map(|backlog| backlog as u64),
             gaps: row.get::<_, i64>("gaps")? as u64,
             // A float: an agent may name holes of any size, and the sum of integers would be an error.
             gap_records: row.get::<_, f64>("gap_records")? as u64,
             restarts: row.get::<_, f64>("restarts")? as u64,
+            missing_ns: row.get("missing_ns")?,
+            offset_ns: row.get::<_, Option<i64>>("offset_ns")?.unwrap_or_default(),
+            heartbeat: presence::decode(row.get("heartbeat")?),
         })
     })?
     .collect()

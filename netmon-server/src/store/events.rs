@@ -234,17 +234,22 @@ pub fn items_from(conn: &Connection, agent: AgentId, from: i64, limit: usize) ->
 
 impl From<Stored> for Item {
     fn from(stored: Stored) -> Self {
-        let what = match stored.entry() {
-            Entry::Record { received_ns, bytes, .. } => What::Record { received_ns, bytes: bytes.to_vec() },
+        Self { n: stored.n, what: stored.entry().into() }
+    }
+}
+
+impl From<Entry<'_>> for What {
+    fn from(entry: Entry<'_>) -> Self {
+        match entry {
+            Entry::Record { received_ns, bytes, .. } => Self::Record { received_ns, bytes: bytes.to_vec() },
             Entry::Gap { from, to, since_ns, noticed_ns, .. } => {
                 let count = (from <= to).then(|| (to - from).saturating_add(1));
-                What::Gap { count, since_ns, noticed_ns }
+                Self::Gap { count, since_ns, noticed_ns }
             }
             Entry::Notice { noticed_ns, bytes } => {
-                What::Notice { noticed_ns, notice: Notice::from_bytes(bytes) }
+                Self::Notice { noticed_ns, notice: Notice::from_bytes(bytes) }
             }
-        };
-        Self { n: stored.n, what }
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::presence::{Life, Seen};
 pub type Known = (AgentId, Seen);
 
 /// Postcard that this or an older server wrote; `None`: a newer one did.
-fn decode<T: DeserializeOwned>(bytes: Option<Vec<u8>>) -> Option<T> {
+pub(super) fn decode<T: DeserializeOwned>(bytes: Option<Vec<u8>>) -> Option<T> {
     postcard::from_bytes(&bytes?).ok()
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use netmon_common::enroll::{self, Granted, Reply, Request, Token};
 use netmon_common::model::{Event, Hook, Interface, Record};
 use netmon_common::wire::{
-    self, BatchBuilder, FRAME_HEADER, FrameHeader, Hello, MAX_FRAME, SERVER_NAME, ToAgent, ToServer,
+    self, About, BatchBuilder, FRAME_HEADER, FrameHeader, Hello, MAX_FRAME, SERVER_NAME, ToAgent, ToServer,
 };
 use netmon_server::ca::spki_sha256_of;
 use quinn::crypto::rustls::QuicClientConfig;
@@ -224,7 +224,7 @@ pub fn signing_request(key: &KeyPair) -> Vec<u8> {
 
 /// An enrolled PC.
 pub struct Agent {
-    key: KeyPair,
+    pub key: KeyPair,
     pub granted: Granted,
 }
 
@@ -252,7 +252,19 @@ impl Agent {
         self
     }
 
+    /// In the version of the protocol before this one.
     pub async fn connect(&self, server: &Server) -> Result<Session, String> {
+        self.connect_as(server, wire::ALPN_1).await
+    }
+
+    /// Connects and introduces itself as connection number `connect` of process `instance`.
+    pub async fn introduce(&self, server: &Server, about: About) -> Session {
+        let mut session = self.connect_as(server, wire::ALPN).await.unwrap();
+        session.say(&ToServer::About(about)).await;
+        session
+    }
+
+    async fn connect_as(&self, server: &Server, alpn: &[u8]) -> Result<Session, String> {
         let mut roots = RootCertStore::empty();
         roots.add(self.granted.ca_der.clone().into()).unwrap();
         let config = rustls::ClientConfig::builder_with_provider(provider())
@@ -264,7 +276,7 @@ impl Agent {
                 PrivateKeyDer::try_from(self.key.serialize_der()).unwrap(),
             )
             .unwrap();
-        let connection = connect(config, wire::ALPN_1, server.events).await?;
+        let connection = connect(config, alpn, server.events).await?;
         let (send, recv) = patience(connection.open_bi()).await.map_err(|error| error.to_string())?;
         Ok(Session { connection, send, recv })
     }
@@ -365,6 +377,17 @@ impl Session {
         send(&mut self.send, &ToServer::Batch(batch.finish(epoch, records[0].seq).unwrap())).await
     }
 
+    /// Says something.
+    pub async fn say(&mut self, message: &ToServer) {
+        send(&mut self.send, message).await.unwrap();
+    }
+
+    /// Says something that is answered.
+    pub async fn ask(&mut self, message: &ToServer) -> ToAgent {
+        self.say(message).await;
+        receive(&mut self.recv).await.unwrap()
+    }
+
     /// Sends bytes as they are.
     pub async fn raw(&mut self, bytes: &[u8]) {
         self.send.write_all(bytes).await.unwrap();
@@ -381,6 +404,20 @@ pub fn oversized_frame() -> Vec<u8> {
     let mut frame = ((MAX_FRAME + 1) as u32).to_le_bytes().to_vec();
     frame.extend([0; 60]);
     frame
+}
+
+/// The first connection of a process.
+pub fn about() -> About {
+    About {
+        agent_version: "test".into(),
+        hostname: "pc".into(),
+        boot_id: [1; 16],
+        run: 1,
+        previous_died: false,
+        instance: 1,
+        connect: 1,
+        witness: None,
+    }
 }
 
 /// Record number `seq`, recognisable in the log.

@@ -1,0 +1,317 @@
+//! Version 2 of the protocol: who is heard, who is missing and why; clones; renewal; what can be proved later.
+
+use std::process::Output;
+
+use netmon_common::wire::{self, About, Checkpoint, Heartbeat, Hello, Item, ToAgent, ToServer};
+use rcgen::KeyPair;
+use rusqlite::Connection;
+
+use crate::harness::{
+    Agent, Server, Session, about, patience, record, run, signing_request, stderr, stdout, success, token,
+};
+
+const EPOCH: u64 = 7;
+
+struct Room {
+    data: tempfile::TempDir,
+    server: Option<Server>,
+}
+
+impl Room {
+    fn new() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        success(data.path(), &["init"]);
+        let server = Some(Server::start(data.path()));
+        Self { data, server }
+    }
+
+    fn server(&self) -> &Server {
+        self.server.as_ref().unwrap()
+    }
+
+    async fn agent(&self, seat: &str) -> Agent {
+        Agent::enrol(&token(self.data.path(), self.server(), &[]), seat).await.unwrap()
+    }
+
+    fn log(&self, seat: &str) -> String {
+        success(self.data.path(), &["log", seat])
+    }
+
+    /// Waits until the seat's log has a line with this.
+    async fn logs(&self, seat: &str, part: &str) -> String {
+        let look = async {
+            loop {
+                let log = self.log(seat);
+                if let Some(line) = log.lines().find(|line| line.contains(part)) {
+                    return line.to_owned();
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            }
+        };
+        patience(look).await
+    }
+
+    /// In good order: everything is signed.
+    fn stop(&mut self) {
+        assert_eq!(self.server.take().unwrap().stop(), 0);
+    }
+
+    fn store(&self) -> Connection {
+        Connection::open(self.data.path().join("store.sqlite")).unwrap()
+    }
+
+    fn verify(&self) -> Output {
+        run(self.data.path(), &["verify"])
+    }
+}
+
+fn hello(epoch: u64) -> ToServer {
+    let hello = Hello { version: 2, agent_version: "".into(), hostname: "".into(), epoch, oldest_seq: 1 };
+    ToServer::Hello(hello)
+}
+
+fn beat(wall_ns: i64) -> ToServer {
+    ToServer::Heartbeat(Heartbeat { boot_ns: 1, wall_ns, ..Heartbeat::default() })
+}
+
+fn wall_ns() -> i64 {
+    netmon_server::clock::wall_ns()
+}
+
+/// Delivers records 1 to 5.
+async fn deliver(session: &mut Session) {
+    assert_eq!(session.ask(&hello(EPOCH)).await, ToAgent::Expect { next_seq: 1, last: None });
+    let ack = session.batch(EPOCH, 1..=5).await.unwrap();
+    assert_eq!(ack, ToAgent::Ack { epoch: EPOCH, seq: 5 });
+}
+
+#[tokio::test]
+async fn a_pc_that_falls_silent_is_missing_and_its_next_life_says_why() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let mut session = agent.introduce(room.server(), about()).await;
+    deliver(&mut session).await;
+    let ToAgent::Heard { server_ns, checkpoint: None } = session.ask(&beat(wall_ns())).await else {
+        panic!("not heard")
+    };
+    assert!(server_ns.abs_diff(wall_ns()) < 10_000_000_000);
+    // The connection stays up, but nobody says that it watches.
+    let line = room.logs("pc", " SERVER MISSING: nothing heard since ").await;
+    let heard_ns: Option<i64> =
+        room.store().query_row("SELECT missing_ns FROM agents", [], |row| row.get(0)).unwrap();
+    assert!(heard_ns.unwrap().abs_diff(server_ns) < 1_000_000_000, "{line}");
+    let agents = success(room.data.path(), &["agents"]);
+    assert!(agents.contains("MISSING since "), "{agents}");
+
+    let next = About { boot_id: [2; 16], run: 2, previous_died: true, instance: 2, ..about() };
+    let _session = agent.introduce(room.server(), next).await;
+    let line = room.logs("pc", " SERVER back after ").await;
+    assert!(line.contains("without shutting down"), "{line}");
+    assert!(!success(room.data.path(), &["agents"]).contains("MISSING"));
+}
+
+#[tokio::test]
+async fn a_hello_is_answered_with_what_the_newest_record_looks_like_and_holes_are_gaps() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let mut session = agent.introduce(room.server(), about()).await;
+    deliver(&mut session).await;
+    let last = wire::fingerprint(&record(5).to_bytes().unwrap());
+    assert_eq!(session.ask(&hello(EPOCH)).await, ToAgent::Expect { next_seq: 6, last: Some(last) });
+    let mut batch = wire::BatchBuilder::default();
+    assert!(batch.push(&Item::Hole(10)) && batch.push(&Item::Record(record(16).to_bytes().unwrap())));
+    let batch = ToServer::Batch(batch.finish(EPOCH, 6).unwrap());
+    assert_eq!(session.ask(&batch).await, ToAgent::Ack { epoch: EPOCH, seq: 16 });
+    assert!(room.log("pc").contains("records never came from this PC, 10 records"));
+}
+
+#[tokio::test]
+async fn a_pcs_clock_that_is_off_is_noticed() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let mut session = agent.introduce(room.server(), about()).await;
+    for clock in [0, 2_145_916_800_000_000_000] {
+        // 1970 and 2038.
+        assert!(matches!(session.ask(&beat(clock)).await, ToAgent::Heard { .. }));
+    }
+    room.logs("pc", "s behind the server's").await;
+    room.logs("pc", "s ahead of the server's").await;
+}
+
+#[tokio::test]
+async fn a_process_that_comes_back_behind_another_one_is_a_clone() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let first = agent.introduce(room.server(), about()).await;
+    let mut second = agent.introduce(room.server(), About { instance: 2, ..about() }).await;
+    assert!(first.closed().await.contains("connected again"));
+    assert!(matches!(second.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
+    assert!(!room.log("pc").contains("CLONE"), "a restart is none");
+    let mut back = agent.introduce(room.server(), About { connect: 2, ..about() }).await;
+    assert!(matches!(back.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
+    room.logs("pc", " SERVER CLONE: two machines use this agent's identity").await;
+}
+
+#[tokio::test]
+async fn a_certificate_is_renewed_for_a_new_key_and_the_old_one_ends_with_its_use() {
+    let room = Room::new();
+    let mut agent = room.agent("pc").await;
+    let mut session = agent.introduce(room.server(), about()).await;
+    let key = KeyPair::generate().unwrap();
+    let answer = session.ask(&ToServer::Renew { csr_der: signing_request(&key) }).await;
+    let ToAgent::Renewed { certificate_der } = answer else { panic!("{answer:?}") };
+    room.logs("pc", " SERVER certificate renewed, valid until ").await;
+
+    // Until the new one is used, the old one still is: the answer may have been lost.
+    let mut session = agent.introduce(room.server(), About { connect: 2, ..about() }).await;
+    assert!(matches!(session.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
+    let old = std::mem::replace(&mut agent.key, key);
+    let old_certificate = std::mem::replace(&mut agent.granted.certificate_der, certificate_der);
+    let mut session = agent.introduce(room.server(), About { connect: 3, ..about() }).await;
+    assert!(matches!(session.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
+    agent.key = old;
+    agent.granted.certificate_der = old_certificate;
+    let mut session = agent.introduce(room.server(), About { connect: 4, ..about() }).await;
+    let ToAgent::Refused { reason } = session.ask(&beat(wall_ns())).await else { panic!("let in") };
+    assert!(reason.escaped().to_string().contains("does not know this agent's key"), "{reason:?}");
+}
+
+/// Everything that can be done to a store behind the server's back is named by `verify`.
+#[tokio::test]
+async fn a_history_that_was_changed_is_found_and_the_first_bad_item_is_named() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    deliver(&mut agent.introduce(room.server(), about()).await).await;
+    room.stop();
+    let good = room.verify();
+    assert!(good.status.success(), "{}", stderr(&good));
+    let said = stdout(&good);
+    assert!(said.contains("pc: 5 items, complete and unedited; the first 5 signed, last at "), "{said}");
+
+    let path = room.data.path().join("store.sqlite");
+    let untouched = std::fs::read(&path).unwrap();
+    for (change, says) in [
+        ("UPDATE events SET record = CAST(record || x'00' AS BLOB) WHERE n = 3", "item 3 (record 3 of epoch"),
+        ("UPDATE events SET received_ns = received_ns + 1 WHERE n = 5", "item 5 (record 5 of epoch"),
+        ("DELETE FROM events WHERE n = 2", "item 2 is missing"),
+        (
+            "DELETE FROM events WHERE n = 5",
+            "the end was cut off: this server signed for 5 items, 4 are there",
+        ),
+        ("UPDATE agents SET next_n = 9", "the end does not fit"),
+        ("UPDATE checkpoints SET head = zeroblob(32)", "is not signed by this server"),
+    ] {
+        room.store().execute(change, []).unwrap();
+        let bad = room.verify();
+        assert_eq!(bad.status.code(), Some(1), "{change}");
+        assert!(
+            stdout(&bad).contains(&format!("pc: BAD: {says}")) || stdout(&bad).contains(says),
+            "{}",
+            stdout(&bad)
+        );
+        std::fs::write(&path, &untouched).unwrap();
+    }
+    assert!(room.verify().status.success());
+}
+
+#[tokio::test]
+async fn an_exported_history_is_verified_elsewhere_and_a_changed_one_is_not() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    deliver(&mut agent.introduce(room.server(), about()).await).await;
+    room.stop();
+    let exported = success(room.data.path(), &["export", "pc"]);
+    let fingerprint = stdout(&room.verify()).trim().rsplit(' ').next().unwrap().to_owned();
+
+    let elsewhere = tempfile::tempdir().unwrap();
+    let file = elsewhere.path().join("pc.history");
+    let path = file.to_str().unwrap();
+    std::fs::write(&file, &exported).unwrap();
+    let arguments = ["verify", "--file", path, "--ca", &fingerprint];
+    let said = success(elsewhere.path(), &arguments);
+    assert!(said.contains("pc: 5 items, complete and unedited"), "{said}");
+    let shown = success(elsewhere.path(), &["verify", "--file", path, "--print"]);
+    assert_eq!(shown, room.log("pc"), "the same lines");
+    let other = run(elsewhere.path(), &["verify", "--file", path, "--ca", &"0".repeat(64)]);
+    assert!(stderr(&other).contains("it is from the server with CA fingerprint"), "{}", stderr(&other));
+
+    let lines: Vec<_> = exported.lines().collect();
+    let without = |at: usize| {
+        let kept = lines.iter().enumerate().filter(|(line, _)| *line != at).map(|(_, line)| *line);
+        kept.collect::<Vec<_>>().join("\n") + "\n"
+    };
+    for at in 0..lines.len() {
+        std::fs::write(&file, without(at)).unwrap();
+        let verdict = run(elsewhere.path(), &arguments);
+        // Without its only checkpoint the history is consistent, and says that nothing is signed.
+        let is_unsigned = stdout(&verdict).contains("none of them signed yet");
+        assert!(!verdict.status.success() || is_unsigned, "line {at}: {}", stdout(&verdict));
+    }
+    // Behind the first line: of that, label and time of the export are for people, and the CA is compared.
+    for at in (lines[0].len()..exported.len()).step_by(97) {
+        let mut bytes = exported.clone().into_bytes();
+        bytes[at] ^= 1;
+        std::fs::write(&file, bytes).unwrap();
+        let verdict = run(elsewhere.path(), &arguments);
+        assert!(!verdict.status.success(), "byte {at}: {}", stdout(&verdict));
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_was_set_back_is_noticed_by_the_agents_witness() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    let path = room.data.path().join("store.sqlite");
+    room.stop();
+    let older = std::fs::read(&path).unwrap();
+    room.server = Some(Server::start(room.data.path()));
+    deliver(&mut agent.introduce(room.server(), about()).await).await;
+    room.stop();
+    let witness: Checkpoint = {
+        let store = room.store();
+        let checkpoint =
+            store.query_row("SELECT size, head, signed_ns, signature FROM checkpoints", [], |row| {
+                let signature: [u8; 64] = row.get(3)?;
+                let mut halves = [[0; 32]; 2];
+                halves.as_flattened_mut().copy_from_slice(&signature);
+                let size: i64 = row.get(0)?;
+                Ok(Checkpoint {
+                    size: size as u64,
+                    head: row.get(1)?,
+                    signed_ns: row.get(2)?,
+                    signature: halves,
+                })
+            });
+        checkpoint.unwrap()
+    };
+    let witnessing = |connect| About { connect, witness: Some(witness.clone()), ..about() };
+    room.server = Some(Server::start(room.data.path()));
+    let mut session = agent.introduce(room.server(), witnessing(2)).await;
+    assert!(matches!(session.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
+    assert!(!room.log("pc").contains("TAMPERED"));
+    room.stop();
+
+    std::fs::write(&path, older).unwrap();
+    room.server = Some(Server::start(room.data.path()));
+    let _session = agent.introduce(room.server(), witnessing(3)).await;
+    room.logs("pc", " SERVER TAMPERED: this server's store was set back").await;
+
+    let forged = Checkpoint { size: 99, ..witness.clone() };
+    let liar = agent.introduce(room.server(), About { connect: 4, witness: Some(forged), ..about() }).await;
+    assert!(liar.closed().await.contains("a checkpoint that this server did not sign"));
+}
+
+#[tokio::test]
+async fn an_agent_gets_the_newest_checkpoint_with_the_answer_to_a_heartbeat() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    deliver(&mut agent.introduce(room.server(), about()).await).await;
+    room.stop();
+    room.server = Some(Server::start(room.data.path()));
+    let mut session = agent.introduce(room.server(), About { connect: 2, ..about() }).await;
+    let answer = session.ask(&beat(wall_ns())).await;
+    let ToAgent::Heard { checkpoint: Some(checkpoint), .. } = answer else { panic!("{answer:?}") };
+    assert_eq!(checkpoint.size, 5);
+    // Once is enough.
+    assert!(matches!(session.ask(&beat(wall_ns())).await, ToAgent::Heard { checkpoint: None, .. }));
+}
