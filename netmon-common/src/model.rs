@@ -68,7 +68,36 @@ impl Record {
     }
 }
 
-/// What an agent records. New kinds are added at the end: the order is the encoding.
+/// The part of a record that is the same for all kinds of events, of newer agents, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordHead {
+    /// [`Record::seq`].
+    pub seq: u64,
+    /// [`Record::run`].
+    pub run: u32,
+    /// [`Record::boot_ns`].
+    pub boot_ns: u64,
+    /// [`Record::wall_ns`].
+    pub wall_ns: i64,
+    /// Which kind of event follows.
+    kind: u32,
+}
+
+impl RecordHead {
+    /// Reads the beginning of a record whose event is of a kind that only newer agents record; `None`: it is none such.
+    pub fn of_newer(bytes: &[u8]) -> Option<Self> {
+        let (head, _) = postcard::take_from_bytes::<Self>(bytes).ok()?;
+        (bytes.len() <= MAX_RECORD && head.kind >= Event::KINDS).then_some(head)
+    }
+}
+
+impl Event {
+    /// Kinds that this version knows.
+    const KINDS: u32 = 13;
+}
+
+/// What an agent records. New kinds are added at the end: the order is the encoding. A server keeps records of kinds that
+/// it does not know, so servers are updated first; nothing is ever added to a kind that is there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
     /// The agent began to watch.
@@ -486,6 +515,23 @@ mod tests {
             let bytes = record(event.clone()).to_bytes().unwrap();
             assert_eq!(Record::from_bytes(&bytes).unwrap().event, event);
         }
+    }
+
+    #[test]
+    fn a_record_of_a_kind_that_only_newer_agents_know_is_told_from_garbage() {
+        let interface = Interface { name: "eth0".into(), index: 1, hook: Hook::Tcx };
+        let failed = InterfaceFailed { name: interface.name, index: 1, error: "x".into() };
+        let known = record(Event::InterfaceFailed(failed)).to_bytes().unwrap();
+        assert_eq!(RecordHead::of_newer(&known), None);
+        // The kind stands behind the four numbers.
+        let kind = postcard::to_stdvec(&(u64::MAX, u32::MAX, u64::MAX, i64::MIN)).unwrap().len();
+        let mut newer = known.clone();
+        assert_eq!(u32::from(newer[kind]), Event::KINDS - 1, "the last kind of this version");
+        newer[kind] += 1;
+        assert!(Record::from_bytes(&newer).is_err());
+        assert_eq!(RecordHead::of_newer(&newer).unwrap().seq, u64::MAX);
+        assert_eq!(RecordHead::of_newer(&newer[..kind]), None);
+        assert_eq!(RecordHead::of_newer(&known[..known.len() - 1]), None);
     }
 
     #[test]

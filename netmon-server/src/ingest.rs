@@ -3,7 +3,7 @@
 //! The server expects one record next in every epoch of every agent, and only ever goes forward. An agent's
 //! history is therefore a run of records without holes, or a hole that was named when it was found.
 
-use netmon_common::model::{Event, Record, RecordError};
+use netmon_common::model::{Event, Record, RecordError, RecordHead};
 use netmon_common::wire::Item;
 
 /// Numbers are kept as signed 64-bit integers in the store.
@@ -162,15 +162,18 @@ pub fn check(first_seq: u64, items: Vec<Item>) -> Result<Vec<Checked>, Fault> {
             Item::Hole(_) => return Ok(Checked { seq: at, next_seq: seq, record: None }),
             Item::Record(bytes) => bytes,
         };
-        let record = Record::from_bytes(&bytes).map_err(|source| Fault::Record { seq: at, source })?;
-        if record.seq != at {
-            return Err(Fault::Order { at, says: record.seq });
-        }
-        let backlog = match &record.event {
-            Event::Coverage(coverage) => Some(coverage.backlog),
-            _ => None,
+        let (says, wall_ns, backlog) = match (Record::from_bytes(&bytes), RecordHead::of_newer(&bytes)) {
+            (Ok(Record { seq, wall_ns, event: Event::Coverage(coverage), .. }), _) => {
+                (seq, wall_ns, Some(coverage.backlog))
+            }
+            (Ok(record), _) => (record.seq, record.wall_ns, None),
+            (Err(_), Some(newer)) => (newer.seq, newer.wall_ns, None),
+            (Err(source), None) => return Err(Fault::Record { seq: at, source }),
         };
-        let record = Received { wall_ns: record.wall_ns, backlog, bytes };
+        if says != at {
+            return Err(Fault::Order { at, says });
+        }
+        let record = Received { wall_ns, backlog, bytes };
         Ok(Checked { seq: at, next_seq: seq, record: Some(record) })
     });
     checked.collect()
@@ -272,6 +275,15 @@ mod tests {
         let Item::Record(bytes) = &good else { unreachable!() };
         let cut = Item::Record(bytes[..bytes.len() - 1].to_vec());
         assert!(matches!(check(5, vec![good, cut]), Err(Fault::Record { seq: 6, .. })));
+    }
+
+    #[test]
+    fn a_record_of_a_newer_agent_is_kept() {
+        let newer = postcard::to_stdvec(&(5_u64, 1_u32, 0_u64, -7_i64, 999_u32, "something")).unwrap();
+        let checked = check(5, vec![Item::Record(newer.clone())]).unwrap();
+        let expected = Received { wall_ns: -7, backlog: None, bytes: newer.clone() };
+        assert_eq!(checked[0].record, Some(expected));
+        assert_eq!(check(6, vec![Item::Record(newer)]), Err(Fault::Order { at: 6, says: 5 }));
     }
 
     #[test]

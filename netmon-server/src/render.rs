@@ -31,7 +31,7 @@ pub fn line(item: &Item, zone: &TimeZone) -> Line {
                 }
                 Line { text, usb: logline::is_usb(&record.event) }
             }
-            // It decoded when it came: the store was damaged, or an older server reads it.
+            // A newer agent's, or the store was damaged, or an older server reads it.
             Err(error) => Line {
                 text: format!(
                     "{} record {} cannot be shown: {error}",
