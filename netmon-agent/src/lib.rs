@@ -16,6 +16,7 @@ pub mod kernel;
 pub mod ledger;
 pub mod links;
 pub mod pace;
+pub mod privileges;
 pub mod recorder;
 pub mod run;
 pub mod spool;

@@ -19,6 +19,7 @@ use crate::filter::FilterFile;
 use crate::journal::Journal;
 use crate::kernel::{self, Kernel, LoadOptions, Sizes};
 use crate::links::{self, Choice, Link};
+use crate::privileges;
 use crate::recorder::Recorder;
 use crate::spool::{Limits, Spool, SpoolHandle};
 use crate::timer::BootTimer;
@@ -83,6 +84,9 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     kernel::preflight()?;
     let present = links::list().await?;
     check_interfaces(&choice, &present)?;
+    for directory in [&paths.state, &paths.log, &paths.runtime] {
+        privileges::check_directory(directory)?;
+    }
     for directory in [&paths.state, &paths.runtime] {
         create(directory)?;
     }
