@@ -21,6 +21,7 @@ pub mod recorder;
 pub mod run;
 pub mod spool;
 pub mod status;
+pub mod supervisor;
 pub mod timer;
 pub mod transfers;
 pub mod uplink;

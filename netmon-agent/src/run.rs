@@ -22,6 +22,7 @@ use crate::links::{self, Choice, Link};
 use crate::privileges;
 use crate::recorder::Recorder;
 use crate::spool::{Limits, Spool, SpoolHandle};
+use crate::supervisor::Supervisor;
 use crate::timer::BootTimer;
 use crate::uplink::{self, Introduction, UplinkStatus};
 use crate::usb::{self, UsbOutput, UsbWatch};
@@ -135,6 +136,8 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         now: Now::read(),
     })?;
     watch.links(&Now::read(), present);
+    let mut supervisor = Supervisor::from_environment().context("cannot start a thread")?;
+    supervisor.ready();
 
     let mut timer = BootTimer::new().context("cannot make a timer")?;
 
@@ -164,7 +167,9 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
             Wake::Links(links) => watch.links(&now, links),
             Wake::Stop => break,
         }
+        supervisor.alive(now.boot_ns);
     }
+    supervisor.stopping();
     let now = Now::read();
     while let Some(output) = usb.next().now_or_never() {
         watch.usb(&now, output);

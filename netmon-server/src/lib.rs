@@ -20,6 +20,7 @@ pub mod seat;
 pub mod seatlogs;
 pub mod serve;
 pub mod store;
+pub mod supervisor;
 mod tls;
 pub mod tokens;
 pub mod writer;

@@ -5,3 +5,4 @@ mod cli;
 mod delivery;
 mod enrolment;
 mod harness;
+mod supervisor;
