@@ -50,6 +50,7 @@ pub fn run(parts: &[Part]) -> Result<()> {
         lint()?;
     }
     if wanted(Part::Unit) {
+        setup::unit()?;
         sh::run(cargo().args(["test", "--locked"]))?;
     }
     if wanted(Part::Lab) {
