@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::filter::FilterFile;
 use crate::identity::Identity;
 use crate::links::{self, Choice, Link, Listing, Verdict};
+use crate::privileges::{self, Privileges};
 use crate::{chain, kernel, status};
 
 /// What one check found.
@@ -66,6 +67,14 @@ pub async fn examine(config: Option<&Path>, state: &Path, log: &Path, runtime: &
         },
     );
 
+    found(
+        "privileges",
+        match Privileges::read() {
+            Ok(privileges) => Finding::Good(privileges.to_string()),
+            Err(error) => Finding::Weak(chain(&error)),
+        },
+    );
+
     let config = match Config::load(config) {
         Ok(config) => {
             found("configuration", Finding::Good("understood".into()));
@@ -101,7 +110,11 @@ pub async fn examine(config: Option<&Path>, state: &Path, log: &Path, runtime: &
     );
 
     for (name, directory) in [("state", state), ("log", log)] {
-        found(name, space(directory));
+        found(
+            name,
+            privileges::check_directory(directory)
+                .map_or_else(|error| Finding::Bad(chain(&error)), |()| space(directory)),
+        );
     }
 
     found("enrolment", match Identity::load(&state.join("identity")) {
@@ -116,7 +129,8 @@ pub async fn examine(config: Option<&Path>, state: &Path, log: &Path, runtime: &
         "agent",
         match status::read(runtime, &Now::read()) {
             Ok(status) => {
-                Finding::Good(format!("running as process {}; server: {}", status.pid, status.server))
+                let rights = status.privileges.map_or_else(String::new, |rights| format!(" with {rights}"));
+                Finding::Good(format!("running as process {}{rights}; server: {}", status.pid, status.server))
             }
             Err(error) => Finding::Weak(chain(&error)),
         },

@@ -13,7 +13,7 @@ use netmon_agent::filter::FilterError;
 use netmon_agent::identity::EnrollError;
 use netmon_agent::kernel::{Sizes, WordLevel};
 use netmon_agent::run::{self, Paths, UsageError};
-use netmon_agent::{doctor, identity, status, words};
+use netmon_agent::{doctor, identity, kernel, privileges, status, words};
 use netmon_common::enroll::{Token, TokenError};
 use tracing_subscriber::EnvFilter;
 
@@ -202,6 +202,10 @@ fn command(cli: Cli) -> Result<ExitCode> {
             }
             speak(config.log.kernel);
             let paths = Paths { state: state_dir, log: log_dir, runtime: runtime_dir };
+            // Before the runtime's threads: they have the rights that this one has.
+            kernel::prepare();
+            let privileges = privileges::restrict(privileges::WATCHING)?;
+            tracing::debug!(%privileges, "gave up the rest");
             // As a task: whoever drives the timers runs it, too. From here each timer would wake two threads.
             runtime()?.block_on(async { tokio::spawn(run::run(config, paths)).await })??;
             Ok(ExitCode::SUCCESS)
@@ -209,6 +213,7 @@ fn command(cli: Cli) -> Result<ExitCode> {
         Command::Enroll { token_file, seat, replace } => {
             let token: Token = read_token(&token_file)?.parse()?;
             let directory = state_dir.join("identity");
+            privileges::restrict(privileges::NONE)?;
             let enrolled = runtime()?.block_on(identity::enroll(
                 &token,
                 seat.unwrap_or_default().as_str().into(),
@@ -233,6 +238,8 @@ fn command(cli: Cli) -> Result<ExitCode> {
             Ok(if watching { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Doctor => {
+            // It finds what `run` finds, with the rights of `run`.
+            privileges::restrict(privileges::WATCHING)?;
             let checks =
                 runtime()?.block_on(doctor::examine(config.as_deref(), &state_dir, &log_dir, &runtime_dir));
             checks.iter().for_each(|check| print!("{check}"));

@@ -20,8 +20,10 @@ use crate::filter::FilterFile;
 use crate::journal::Journal;
 use crate::kernel::{self, Kernel, LoadOptions, Sizes};
 use crate::links::{self, Choice, Link};
+use crate::privileges;
 use crate::recorder::Recorder;
 use crate::spool::{Limits, Spool, SpoolHandle};
+use crate::supervisor::Supervisor;
 use crate::timer::BootTimer;
 use crate::uplink::{self, Introduction, Sources, UplinkStatus};
 use crate::usb::{self, UsbOutput, UsbWatch};
@@ -84,6 +86,9 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     kernel::preflight()?;
     let present = links::list().await?;
     check_interfaces(&choice, &present)?;
+    for directory in [&paths.state, &paths.log, &paths.runtime] {
+        privileges::check_directory(directory)?;
+    }
     for directory in [&paths.state, &paths.runtime] {
         create(directory)?;
     }
@@ -144,6 +149,8 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         now: Now::read(),
     })?;
     watch.links(&Now::read(), present);
+    let mut supervisor = Supervisor::from_environment().context("cannot start a thread")?;
+    supervisor.ready();
 
     let mut timer = BootTimer::new().context("cannot make a timer")?;
 
@@ -173,7 +180,9 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
             Wake::Links(links) => watch.links(&now, links),
             Wake::Stop => break,
         }
+        supervisor.alive(now.boot_ns);
     }
+    supervisor.stopping();
     let now = Now::read();
     while let Some(output) = usb.next().now_or_never() {
         watch.usb(&now, output);

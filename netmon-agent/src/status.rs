@@ -10,6 +10,7 @@ use netmon_common::model::{Coverage, Interface};
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Now;
+use crate::privileges::Privileges;
 
 /// An agent that did not write for this long is not watching.
 pub const STALE_NS: u64 = 5_000_000_000;
@@ -46,6 +47,9 @@ pub struct Status {
     pub filter: String,
     /// The connection to the server.
     pub server: String,
+    /// What the agent may do.
+    #[serde(default)]
+    pub privileges: Option<Privileges>,
     /// The latest sockets to the server, local port and remote address: an agent that starts after this one was killed
     /// still gets the old connection's packets, and knows them by this.
     pub sockets: Vec<(u16, SocketAddr)>,
@@ -193,6 +197,9 @@ impl Status {
         }
         text += &format!("usb       {}\n", if c.usb { "watched" } else { "NOT WATCHED" });
         text += &format!("server    {}\n", self.server);
+        if let Some(privileges) = &self.privileges {
+            text += &format!("rights    {privileges}\n");
+        }
         text +=
             &format!("spool     {} records wait, {} B, {} lost\n", c.backlog, self.spool_bytes, c.spool_lost);
         text += &format!("filter    {}\n", self.filter);
@@ -227,6 +234,7 @@ mod tests {
             left_unnamed: 0,
             filter: String::new(),
             server: String::new(),
+            privileges: None,
             sockets: Vec::new(),
             spool_bytes: 0,
             coverage: Coverage::default(),
@@ -249,7 +257,7 @@ mod tests {
     #[test]
     fn a_status_of_an_agent_before_this_one_is_understood() {
         let mut json = serde_json::to_value(status(0)).unwrap();
-        json.as_object_mut().unwrap().retain(|field, _| !field.starts_with("left_"));
+        json.as_object_mut().unwrap().retain(|field, _| !field.starts_with("left_") && field != "privileges");
         let status: Status = serde_json::from_value(json).unwrap();
         assert_eq!((status.left_interfaces.len(), status.left_unnamed), (0, 0));
     }

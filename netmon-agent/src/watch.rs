@@ -23,6 +23,7 @@ use crate::kernel::{FlowDelta, Kernel};
 use crate::ledger::{self, Ledger};
 use crate::links::{Choice, Link};
 use crate::pace::{self, Pace};
+use crate::privileges::Privileges;
 use crate::recorder::Recorder;
 use crate::spool::{Recovered, SpoolHandle};
 use crate::status::{self, State, Status};
@@ -70,6 +71,7 @@ pub struct Watch {
     list: PrefixList,
     config: Config,
     runtime: PathBuf,
+    privileges: Option<Privileges>,
     /// Sockets to the server of an agent that died here.
     sockets_left: Vec<(u16, SocketAddr)>,
     run: u32,
@@ -134,6 +136,7 @@ impl Watch {
             config,
             sockets_left: status::sockets_left(&runtime),
             runtime,
+            privileges: Privileges::read().ok(),
             run: recovered.run,
             lan: Vec::new(),
             usb: false,
@@ -482,6 +485,7 @@ impl Watch {
             left_unnamed,
             filter: format!("{}, {} prefixes", self.filter.source(), self.list.len()),
             server: self.uplink.borrow().describe(now),
+            privileges: self.privileges.clone(),
             sockets: self.uplink.borrow().sockets.clone(),
             spool_bytes: self.spool.stats().bytes,
             coverage: self.coverage(),

@@ -353,6 +353,7 @@ pub struct Agent<'a> {
     directory: PathBuf,
     daemon: Option<Daemon>,
     interfaces: Vec<String>,
+    wrapper: Vec<String>,
 }
 
 impl<'a> Agent<'a> {
@@ -375,7 +376,7 @@ impl<'a> Agent<'a> {
         let host = room.pc(pc);
         let directory = room.directory().join(host.name());
         let interfaces = ["lan0", "mgmt0"].map(str::to_owned).into();
-        let agent = Self { host, directory, daemon: None, interfaces };
+        let agent = Self { host, directory, daemon: None, interfaces, wrapper: Vec::new() };
         let write = || {
             fs::create_dir(&agent.directory)?;
             fs::write(agent.config_file(), AGENT_CONFIG)?;
@@ -448,12 +449,25 @@ impl<'a> Agent<'a> {
         self.interfaces = interfaces.iter().map(|name| (*name).to_owned()).collect();
     }
 
+    /// A command in front of `netmon-agent` from now on, which takes rights away and becomes the agent.
+    pub fn under(&mut self, wrapper: &[&str]) {
+        self.wrapper = wrapper.iter().map(|word| (*word).to_owned()).collect();
+    }
+
     /// `netmon-agent` with this agent's directories, without a subcommand.
     ///
     /// # Errors
     /// [`NetmonError::NotBuilt`].
     pub fn command(&self) -> Result<Command, NetmonError> {
-        let mut command = self.host.command(program("netmon-agent")?);
+        let agent = program("netmon-agent")?;
+        let mut command = match self.wrapper.split_first() {
+            None => self.host.command(agent),
+            Some((wrapper, arguments)) => {
+                let mut command = self.host.command(wrapper);
+                command.args(arguments).arg(agent);
+                command
+            }
+        };
         command.arg("--config").arg(self.config_file());
         command.arg("--state-dir").arg(self.state());
         command.arg("--log-dir").arg(self.directory.join("log"));
@@ -522,6 +536,11 @@ impl<'a> Agent<'a> {
     /// What it said, of all its runs.
     pub fn said(&self) -> String {
         fs::read_to_string(self.output_file()).unwrap_or_default()
+    }
+
+    /// The directory of all its files.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// Its `log.txt`.

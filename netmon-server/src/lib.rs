@@ -27,6 +27,7 @@ pub mod seatlogs;
 pub mod serve;
 pub mod signing;
 pub mod store;
+pub mod supervisor;
 mod tls;
 pub mod tokens;
 pub mod verification;

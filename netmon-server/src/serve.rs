@@ -19,6 +19,7 @@ use crate::enrollment::Enrollment;
 use crate::presence::Presence;
 use crate::seatlogs::SeatLogs;
 use crate::store::{self, Store};
+use crate::supervisor;
 use crate::tls::{self, Listener};
 use crate::writer::Writer;
 
@@ -35,6 +36,12 @@ pub fn run(
     listen: Option<SocketAddr>,
     enroll_listen: Option<SocketAddr>,
 ) -> anyhow::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        tracing::warn!(
+            "running as root, which the server does not need: give it a user of its own that owns {}",
+            data.path().display()
+        );
+    }
     data.check_initialised()?;
     if let Some(address) = listen.filter(|address| address.port() != 0 && enroll_listen == Some(*address)) {
         bail!("--listen and --enroll-listen are both {address}; give them different ports");
@@ -95,6 +102,7 @@ pub fn run(
         tracing::info!(
             "netmon-server listening: events udp {event_address}, enrolment udp {enrolment_address}"
         );
+        let reporting = tokio::spawn(supervisor::report());
 
         tokio::select! {
             _ = terminate.recv() => {}
@@ -104,6 +112,8 @@ pub fn run(
         }
         drop(writer);
         tracing::info!("stopping");
+        reporting.abort();
+        supervisor::stopping().await;
         // Conversations end after the batch at hand; with the last of them the writer has no more work.
         stop.send_replace(true);
         collecting.await.context("the event listener failed")?;

@@ -9,6 +9,8 @@ use crate::{ebpf, sh};
 
 /// Debian packages that building and running takes, beside what [`ebpf`] installs.
 const BUILD: [&str; 4] = ["gcc", "libc6-dev", "pkg-config", "libudev-dev"];
+/// Debian packages that the unprivileged tests take: systemd's tools judge the units in `deploy`.
+const UNIT: [&str; 1] = ["systemd"];
 /// Debian packages that the lab and the privileged tests take. Captures are made and read by tcpdump and tshark, which
 /// comes with dumpcap, text2pcap and mergecap.
 const LAB: [&str; 7] = ["iproute2", "util-linux", "bpftool", "procps", "ethtool", "tcpdump", "tshark"];
@@ -17,6 +19,11 @@ const LAB: [&str; 7] = ["iproute2", "util-linux", "bpftool", "procps", "ethtool"
 pub fn build() -> Result<()> {
     sh::ensure_packages(&BUILD)?;
     ebpf::build(&ebpf::Options::installing())
+}
+
+/// What the tests take that need no privilege.
+pub fn unit() -> Result<()> {
+    sh::ensure_packages(&UNIT)
 }
 
 /// What the lab and the privileged tests take.

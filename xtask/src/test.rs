@@ -42,6 +42,9 @@ const STACK_KERNELS: [&str; 2] = ["6.1", "6.12"];
 /// As much of it as the oldest kernel's verifier, under emulation, has time for: one load.
 const OLDEST_STACKS: &str = "whatever_stands";
 
+/// Where the units run under systemd: Debian 12's kernel, and the oldest one that is promised.
+const UNIT_KERNELS: [&str; 2] = ["6.1", "5.10"];
+
 /// Runs the parts, or all of them but [`Part::Full`].
 pub fn run(parts: &[Part]) -> Result<()> {
     let wanted = |part| parts.is_empty() || parts.contains(&part);
@@ -50,6 +53,7 @@ pub fn run(parts: &[Part]) -> Result<()> {
         lint()?;
     }
     if wanted(Part::Unit) {
+        setup::unit()?;
         sh::run(cargo().args(["test", "--locked"]))?;
     }
     if wanted(Part::Lab) {
@@ -73,6 +77,11 @@ pub fn run(parts: &[Part]) -> Result<()> {
             stacks(kernel, "")?;
         }
         stacks(OLDEST_KERNEL.0, OLDEST_STACKS)?;
+        setup::unit()?;
+        sh::run(cargo().args(["build", "--locked", "--bin", "netmon-agent", "--bin", "netmon-server"]))?;
+        for kernel in UNIT_KERNELS {
+            vm::run(&vm::Args::units(kernel))?;
+        }
     }
     if parts.contains(&Part::Full) {
         full()?;

@@ -50,6 +50,17 @@ impl Args {
         }
     }
 
+    /// The units of `deploy` under systemd.
+    pub fn units(kernel: &str) -> Self {
+        let command = "units_vm --ignored --nocapture";
+        let mut args = Self::command(kernel, "units_vm", &["ip", "unshare"], command);
+        for program in ["netmon-agent", "netmon-server"] {
+            args.add.push(sh::workspace().join("target/debug").join(program).display().to_string());
+        }
+        args.add.push("/lib/systemd/systemd:/lib/systemd/systemd".to_owned());
+        args
+    }
+
     /// A command that runs a test of netmon-lab, which finds these tools of the host in the guest.
     pub fn command(kernel: &str, test: &str, tools: &[&str], command: &str) -> Self {
         let add = tools.iter().filter_map(|tool| Some(sh::find(tool)?.display().to_string())).collect();

@@ -11,8 +11,8 @@ use netmon_common::raw::Escaped;
 pub enum KernelError {
     /// Capabilities are missing.
     #[error(
-        "missing privileges: {missing}. Run as root, or give the agent CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN \
-         (systemd: AmbientCapabilities=)"
+        "missing privileges: {missing}. Run as root; where root is restricted, allow CAP_BPF, CAP_PERFMON and \
+         CAP_NET_ADMIN (systemd: CapabilityBoundingSet=, containers: --cap-add)"
     )]
     NotPermitted {
         /// The missing capabilities.

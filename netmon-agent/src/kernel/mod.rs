@@ -53,7 +53,7 @@ pub use self::{
     load::shares,
     options::{LoadOptions, Mode, Sizes, TcKind},
     prefixes::PrefixChange,
-    preflight::check as preflight,
+    preflight::{CAPABILITIES, check as preflight, prepare},
     words::{WordLevel, Words},
 };
 

@@ -21,6 +21,11 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
+/// What it takes to load the programs and read their maps (CAP_BPF), to have the verifier let them read packets
+/// directly (CAP_PERFMON), and to attach them (CAP_NET_ADMIN).
+pub const CAPABILITIES: CapabilitySet =
+    CapabilitySet::BPF.union(CapabilitySet::PERFMON).union(CapabilitySet::NET_ADMIN);
+
 /// Checks kernel and privileges.
 ///
 /// # Errors
@@ -65,19 +70,20 @@ pub(super) fn allow_locked_memory() {
     }
 }
 
+/// Does what takes more privileges than watching: mounts the BPF file system where there is none, and lifts the limit of
+/// locked memory. For who gives these privileges up before [`super::Kernel::load`], which tells of what failed here.
+pub fn prepare() {
+    if let Err(error) = mount_bpffs(Path::new(BPFFS)) {
+        tracing::debug!(error = &error as &dyn std::error::Error, "cannot mount the BPF file system");
+    }
+    allow_locked_memory();
+}
+
 /// Makes the directory for the pins, for root's eyes only, and removes the pins of an agent that died.
 ///
 /// Whether another agent is alive cannot be told from its pins: the caller holds a lock file.
 pub(super) fn prepare_pin_directory(directory: &Path) -> Result<(), KernelError> {
-    let parent = directory.parent().unwrap_or(Path::new("/"));
-    if !is_bpffs(parent) {
-        let no_bpffs = |source| KernelError::NoBpffs { path: parent.to_owned(), source };
-        if parent != Path::new(BPFFS) {
-            return Err(no_bpffs(None));
-        }
-        mount("bpf", BPFFS, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
-            .map_err(|source| no_bpffs(Some(source.into())))?;
-    }
+    mount_bpffs(directory.parent().unwrap_or(Path::new("/")))?;
     let failed = |action, path: &Path, source: io::Error| KernelError::PinDirectory {
         action,
         path: path.to_owned(),
@@ -92,6 +98,19 @@ pub(super) fn prepare_pin_directory(directory: &Path) -> Result<(), KernelError>
     rustix::fs::chmod(directory, Mode::RWXU)
         .map_err(|source| failed("restrict the directory", directory, source.into()))?;
     remove_pins(directory)
+}
+
+/// Mounts the BPF file system, if it is not there and this is where it belongs.
+fn mount_bpffs(path: &Path) -> Result<(), KernelError> {
+    if is_bpffs(path) {
+        return Ok(());
+    }
+    let no_bpffs = |source| KernelError::NoBpffs { path: path.to_owned(), source };
+    if path != Path::new(BPFFS) {
+        return Err(no_bpffs(None));
+    }
+    mount("bpf", BPFFS, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
+        .map_err(|source| no_bpffs(Some(source.into())))
 }
 
 /// Removes our pins (`nm_…`) from the directory.

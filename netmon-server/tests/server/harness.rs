@@ -69,8 +69,14 @@ impl Server {
     }
 
     pub fn start_on(data: &Path, listen: &str) -> Self {
+        Self::start_with(data, listen, |_| {})
+    }
+
+    pub fn start_with(data: &Path, listen: &str, prepare: impl FnOnce(&mut Command)) -> Self {
         let arguments = ["run", "--listen", listen, "--enroll-listen", listen];
-        let mut child = command(data, &arguments).stderr(Stdio::piped()).spawn().unwrap();
+        let mut command = command(data, &arguments);
+        prepare(&mut command);
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = mpsc::channel();
         std::thread::spawn(move || {

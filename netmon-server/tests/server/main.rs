@@ -5,4 +5,5 @@ mod cli;
 mod delivery;
 mod enrolment;
 mod harness;
+mod supervisor;
 mod trust;
