@@ -28,7 +28,7 @@ pub enum Part {
 /// Tests of the lab that have a form with millions of packets, ignored by default; and whether it takes a release build.
 const FULL: [(&str, bool); 4] = [("exact", false), ("stopped", false), ("killed", false), ("million", true)];
 
-/// The kernel on which the USB tests run: Debian 12's.
+/// The kernel on which the USB tests run, and those with a clock of their own: Debian 12's.
 const USB_KERNEL: &str = "6.1";
 /// The oldest kernel that is promised. Under emulation its verifier takes half a minute a load, so it gets the tests
 /// that show the most: exact counts against the interface, the clsact path, and programs that speak.
@@ -82,6 +82,7 @@ pub fn run(parts: &[Part]) -> Result<()> {
         for kernel in UNIT_KERNELS {
             vm::run(&vm::Args::units(kernel))?;
         }
+        vm::run(&vm::Args::programs(USB_KERNEL, "clock_vm", &["ip"]))?;
     }
     if parts.contains(&Part::Full) {
         full()?;

@@ -52,12 +52,17 @@ impl Args {
 
     /// The units of `deploy` under systemd.
     pub fn units(kernel: &str) -> Self {
-        let command = "units_vm --ignored --nocapture";
-        let mut args = Self::command(kernel, "units_vm", &["ip", "unshare"], command);
+        let mut args = Self::programs(kernel, "units_vm", &["ip", "unshare"]);
+        args.add.push("/lib/systemd/systemd:/lib/systemd/systemd".to_owned());
+        args
+    }
+
+    /// A test of netmon-lab that runs netmon's own programs.
+    pub fn programs(kernel: &str, test: &str, tools: &[&str]) -> Self {
+        let mut args = Self::command(kernel, test, tools, &format!("{test} --ignored --nocapture"));
         for program in ["netmon-agent", "netmon-server"] {
             args.add.push(sh::workspace().join("target/debug").join(program).display().to_string());
         }
-        args.add.push("/lib/systemd/systemd:/lib/systemd/systemd".to_owned());
         args
     }
 
