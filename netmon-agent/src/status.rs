@@ -46,6 +46,9 @@ pub struct Status {
     pub filter: String,
     /// The connection to the server.
     pub server: String,
+    /// Epoch and number of the newest record that the server acknowledged in this run.
+    #[serde(default)]
+    pub acked: Option<(u64, u64)>,
     /// The latest sockets to the server, local port and remote address: an agent that starts after this one was killed
     /// still gets the old connection's packets, and knows them by this.
     pub sockets: Vec<(u16, SocketAddr)>,
@@ -227,6 +230,7 @@ mod tests {
             left_unnamed: 0,
             filter: String::new(),
             server: String::new(),
+            acked: None,
             sockets: Vec::new(),
             spool_bytes: 0,
             coverage: Coverage::default(),

@@ -462,6 +462,7 @@ impl Watch {
             left_unnamed,
             filter: format!("{}, {} prefixes", self.filter.source(), self.list.len()),
             server: self.uplink.borrow().describe(now),
+            acked: self.uplink.borrow().acked,
             sockets: self.uplink.borrow().sockets.clone(),
             spool_bytes: self.spool.stats().bytes,
             coverage: self.coverage(),
