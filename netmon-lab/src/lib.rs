@@ -10,6 +10,7 @@ pub mod generator;
 pub mod host;
 pub mod lines;
 pub mod netmon;
+pub mod objects;
 pub mod packet;
 pub mod replay;
 pub mod room;
