@@ -14,6 +14,7 @@ pub mod objects;
 pub mod packet;
 pub mod replay;
 pub mod room;
+pub mod torture;
 pub mod traffic;
 pub mod udev_inject;
 pub mod wait;
