@@ -176,6 +176,18 @@ fn left_in_the_kernel(before: &Objects, arena: &Arena<'_>) -> Result<()> {
     Ok(())
 }
 
+impl Report {
+    /// How often anybody was killed.
+    pub fn kills(&self) -> u32 {
+        self.tally.kills()
+    }
+
+    /// Records in the server's store.
+    pub fn records(&self) -> u64 {
+        self.audit.records
+    }
+}
+
 impl Display for Report {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let Self { tally, account, audit, .. } = self;
