@@ -97,7 +97,7 @@ impl Iterator for Plan {
             0 => Moment::Starting(self.random.f64()),
             _ => Moment::Running(Duration::from_millis(self.random.u64(..=LONGEST_PAUSE_MS))),
         };
-        Some(Strike { victims, how, moment, ask_agent: self.random.u8(..4) == 0 })
+        Some(Strike { victims, how, moment, ask_agent: self.random.bool() })
     }
 }
 
