@@ -367,11 +367,10 @@ impl<'a> Arena<'a> {
         Ok(())
     }
 
-    /// Brings up who is down, waits until the agent's backlog is delivered, and stops the agent for good: everything that
-    /// it recorded is in the server's log when this returns. What both took before that.
+    /// Brings up who is down and waits until the agent's backlog is delivered. What both take then.
     ///
     /// # Errors
-    /// Who does not get ready or does not end, or that something is not delivered.
+    /// Who does not get ready, or that the backlog is not delivered.
     pub fn settle(&mut self) -> Result<Resources> {
         self.launch_missing()?;
         self.wait_ready()?;
@@ -385,9 +384,7 @@ impl<'a> Arena<'a> {
     /// Who does not end in good order, or that something is not delivered.
     pub fn stop(&mut self) -> Result<()> {
         for _ in 0..ATTEMPTS {
-            self.launch_missing()?;
-            self.wait_ready()?;
-            self.wait_delivered()?;
+            self.settle()?;
             self.of_agent.signal(Signal::TERM);
             self.of_agent.wait_end(Signal::TERM)?;
             let own = self.own_log()?;

@@ -63,6 +63,8 @@ pub struct Report {
     /// Where the room's files are kept when something is wrong.
     pub files: PathBuf,
     tally: Tally,
+    /// Lines of the PC's log.
+    recorded: usize,
     account: Account,
     audit: Audit,
     sent: (u64, u64),
@@ -128,6 +130,7 @@ fn torture(room: &Room, seed: u64, kills: u32) -> Result<Report> {
         findings,
         files: room.directory().to_owned(),
         tally: arena.tally,
+        recorded: own.lines().count(),
         account,
         audit,
         sent: load.sent(),
@@ -210,7 +213,7 @@ impl Display for Report {
         row("SIGTERM, SIGSTOP for 1 s", format!("{}, {}", tally.terminated, tally.held_up))?;
         row("starts", format!("agent {}, server {}", tally.agent_starts, tally.server_starts))?;
         row("traffic", format!("{datagrams} datagrams, {connections} TCP connections"))?;
-        row("lines of the PC's log", (account.same + account.torn + account.lost).to_string())?;
+        row("lines of the PC's log", self.recorded.to_string())?;
         row(
             "records in the store",
             format!("{} ({rate:.0} a second), {} epochs", audit.records, audit.epochs),
