@@ -300,6 +300,13 @@ impl<'a> Arena<'a> {
                 thread::sleep(pause);
                 false
             }
+            Moment::Delivering(pause) => {
+                self.wait_ready()?;
+                let before = self.log_length();
+                wait::until(LIMIT, "new records", || (self.log_length() > before).then_some(()))?;
+                thread::sleep(pause);
+                false
+            }
         };
         match strike.how {
             How::HoldUp => {
@@ -319,6 +326,11 @@ impl<'a> Arena<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Length of the server's log of the PC; 0 while there is none.
+    fn log_length(&self) -> u64 {
+        self.server.log_file(PC).metadata().map_or(0, |file| file.len())
     }
 
     fn signal(&self, victims: Victims, which: Signal) {
