@@ -491,6 +491,15 @@ impl<'a> Arena<'a> {
         Ok(findings)
     }
 
+    /// Panics that did not end their program: of a thread, of a task.
+    pub fn panics(&self) -> Vec<String> {
+        let said = [("agent", self.agent.said()), ("server", self.server.said())];
+        let first = |said: String| said.lines().find(|line| line.contains("panicked at")).map(str::to_owned);
+        said.into_iter()
+            .filter_map(|(name, said)| Some(format!("the {name} said: {}", first(said)?)))
+            .collect()
+    }
+
     /// As [`Server::log`], but takes the time it needs: the log is long.
     fn rendered(&self, options: &[&str]) -> Result<String> {
         let mut command = self.server.host().command(netmon::program("netmon-server")?);

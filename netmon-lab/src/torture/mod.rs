@@ -125,6 +125,7 @@ fn torture(room: &Room, seed: u64, kills: u32) -> Result<Report> {
         findings.push(format!("the store has {items} records and gaps, the server's log {lines} lines"));
     }
     findings.extend(arena.unlike_rendered()?);
+    findings.extend(arena.panics());
     Ok(Report {
         seed,
         findings,
