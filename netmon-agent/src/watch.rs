@@ -446,6 +446,8 @@ impl Watch {
 
     fn write_status(&self, now: &Now) {
         let (left_interfaces, left_unnamed) = self.interfaces.left();
+        // Once: a borrow lasts to the end of its statement, and a second one waits for the uplink that waits for the first.
+        let uplink = self.uplink.borrow().clone();
         let status = Status {
             state: match self.interfaces.watched().next() {
                 Some(_) => State::Watching,
@@ -461,9 +463,9 @@ impl Watch {
             left_interfaces,
             left_unnamed,
             filter: format!("{}, {} prefixes", self.filter.source(), self.list.len()),
-            server: self.uplink.borrow().describe(now),
-            acked: self.uplink.borrow().acked,
-            sockets: self.uplink.borrow().sockets.clone(),
+            server: uplink.describe(now),
+            acked: uplink.acked,
+            sockets: uplink.sockets,
             spool_bytes: self.spool.stats().bytes,
             coverage: self.coverage(),
         };
