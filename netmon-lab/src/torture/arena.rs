@@ -156,14 +156,23 @@ impl Program {
         if self.is_ready {
             return self.must_run();
         }
-        let answer = wait::until(LIMIT, "a program to get ready", || {
+        let answer = wait::until(LIMIT, "it to get ready", || {
             if let Err(error) = self.must_run() {
                 return Some(Err(error));
             }
             self.daemon.as_ref().is_none_or(&ready).then_some(Ok(()))
         });
+        match (answer, &self.daemon) {
+            (Ok(answer), _) => answer?,
+            (Err(timeout), Some(daemon)) => {
+                return Err(daemon
+                    .behaviour(format!("{timeout}; it stands in {}", stands_in(daemon)))
+                    .into());
+            }
+            (Err(timeout), None) => return Err(timeout.into()),
+        }
         self.is_ready = true;
-        answer?
+        Ok(())
     }
 
     /// Waits for its end, after it was told to end by this signal.
@@ -184,6 +193,16 @@ impl Program {
         let files = fs::read_dir(format!("/proc/{pid}/fd"))?.count();
         Ok(Taken { memory: resident(pid)?.process, files })
     }
+}
+
+/// What the threads of a program wait for in the kernel: it is ended with the room, and nobody can look later.
+fn stands_in(daemon: &Daemon) -> String {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).into_iter().flatten().flatten();
+    let threads = tasks.map(|task| {
+        let told = |file| fs::read_to_string(task.path().join(file)).unwrap_or_default().trim().to_owned();
+        format!("{} ({})", told("wchan"), told("comm"))
+    });
+    threads.collect::<Vec<_>>().join(", ")
 }
 
 fn ended(daemon: &mut Daemon) -> Result<ExitStatus> {
