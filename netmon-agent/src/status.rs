@@ -50,6 +50,9 @@ pub struct Status {
     /// What the agent may do.
     #[serde(default)]
     pub privileges: Option<Privileges>,
+    /// Epoch and number of the newest record that the server acknowledged in this run.
+    #[serde(default)]
+    pub acked: Option<(u64, u64)>,
     /// The latest sockets to the server, local port and remote address: an agent that starts after this one was killed
     /// still gets the old connection's packets, and knows them by this.
     pub sockets: Vec<(u16, SocketAddr)>,
@@ -235,6 +238,7 @@ mod tests {
             filter: String::new(),
             server: String::new(),
             privileges: None,
+            acked: None,
             sockets: Vec::new(),
             spool_bytes: 0,
             coverage: Coverage::default(),

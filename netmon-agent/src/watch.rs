@@ -469,6 +469,8 @@ impl Watch {
 
     fn write_status(&self, now: &Now) {
         let (left_interfaces, left_unnamed) = self.interfaces.left();
+        // Once: a borrow lasts to the end of its statement, and a second one waits for the uplink that waits for the first.
+        let uplink = self.uplink.borrow().clone();
         let status = Status {
             state: match self.interfaces.watched().next() {
                 Some(_) => State::Watching,
@@ -484,9 +486,10 @@ impl Watch {
             left_interfaces,
             left_unnamed,
             filter: format!("{}, {} prefixes", self.filter.source(), self.list.len()),
-            server: self.uplink.borrow().describe(now),
+            server: uplink.describe(now),
+            acked: uplink.acked,
             privileges: self.privileges.clone(),
-            sockets: self.uplink.borrow().sockets.clone(),
+            sockets: uplink.sockets,
             spool_bytes: self.spool.stats().bytes,
             coverage: self.coverage(),
         };

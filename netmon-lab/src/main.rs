@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{Parser, Subcommand};
 use netmon_lab::bench::Bench;
 use netmon_lab::traffic::Traffic;
-use netmon_lab::{cleanup, demo, replay};
+use netmon_lab::{cleanup, demo, replay, torture};
 
 /// A room on one machine: PCs, a server and an Internet out of network namespaces, real traffic, netmon's programs.
 #[derive(Debug, Parser)]
@@ -36,6 +36,10 @@ enum Command {
         #[arg(required = true)]
         captures: Vec<PathBuf>,
     },
+    /// Kills agent and server at random under load, and compares both logs and the store
+    ///
+    /// Status 1 when anything is lost or doubled; the room's files are kept then.
+    Torture(torture::Options),
     /// Makes traffic; runs inside a host of the room
     #[command(subcommand, hide = true)]
     Traffic(Traffic),
@@ -62,6 +66,17 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Replay { captures } => compare(&captures),
         Command::Demo { keep } => demo::run(keep),
         Command::Bench(bench) => bench.run(),
+        Command::Torture(options) => {
+            let report = torture::run(&options)?;
+            print!("{report}");
+            anyhow::ensure!(
+                report.findings.is_empty(),
+                "the delivery is broken; `--seed {}` repeats the strikes, the files are in {}",
+                report.seed,
+                report.files.display()
+            );
+            Ok(())
+        }
         Command::Traffic(traffic) => traffic.run(),
     }
 }

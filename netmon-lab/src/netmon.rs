@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
@@ -22,6 +22,9 @@ pub const PORT: u16 = 7443;
 pub const ENROLL_PORT: u16 = 7444;
 /// How long a program may take to get ready, to end, or to do one chore. Starting an agent loads kernel programs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a server says when it is ready.
+const LISTENING: &str = "netmon-server listening";
 
 /// Settings of the lab's agents: "still watching" and muted totals every second, so that tests need not wait.
 const AGENT_CONFIG: &str = "[report]\ncoverage_s = 1\nmuted_s = 1\n";
@@ -149,6 +152,8 @@ pub struct Daemon {
     what: String,
     child: Child,
     output: PathBuf,
+    /// Length of `output` when it was started.
+    said_before: u64,
 }
 
 impl Daemon {
@@ -158,11 +163,12 @@ impl Daemon {
     /// [`NetmonError::Start`].
     pub fn start(what: String, mut command: Command, output: &Path) -> Result<Self, NetmonError> {
         let child = open_append(output).and_then(|file| {
-            let error = file.try_clone()?;
-            command.stdin(Stdio::null()).stdout(file).stderr(error).spawn()
+            let (error, said_before) = (file.try_clone()?, file.metadata()?.len());
+            let child = command.stdin(Stdio::null()).stdout(file).stderr(error).spawn()?;
+            Ok((child, said_before))
         });
         match child {
-            Ok(child) => Ok(Self { what, child, output: output.to_owned() }),
+            Ok((child, said_before)) => Ok(Self { what, child, output: output.to_owned(), said_before }),
             Err(source) => Err(NetmonError::Start { what, source }),
         }
     }
@@ -198,6 +204,11 @@ impl Daemon {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// How it ended, once it has.
+    pub fn try_end(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -208,12 +219,25 @@ impl Daemon {
         fs::read_to_string(&self.output).unwrap_or_default()
     }
 
-    fn signal(&self, which: Signal) {
+    /// What it wrote to its standard output and error since it was started.
+    pub fn said_now(&self) -> String {
+        let mut said = Vec::new();
+        let read = File::open(&self.output).and_then(|mut file| {
+            file.seek(SeekFrom::Start(self.said_before))?;
+            file.read_to_end(&mut said)
+        });
+        // A file that cannot be read says nothing.
+        read.map(|_| String::from_utf8_lossy(&said).into_owned()).unwrap_or_default()
+    }
+
+    /// Sends it a signal, unless its end was seen already.
+    pub fn signal(&self, which: Signal) {
         // The child was not waited for: the number is still this process's.
         signal(self.child.id(), which);
     }
 
-    fn behaviour(&self, problem: String) -> NetmonError {
+    /// An error about it, with the end of what it said.
+    pub fn behaviour(&self, problem: String) -> NetmonError {
         let said = self.said();
         let lines: Vec<_> = said.lines().collect();
         let end = lines[lines.len().saturating_sub(40)..].join("\n");
@@ -265,18 +289,30 @@ impl<'a> Server<'a> {
     /// # Errors
     /// [`NetmonError`].
     pub fn start_again(&mut self) -> Result<(), NetmonError> {
+        let said = || fs::read_to_string(&self.output).unwrap_or_default();
+        let before = said().matches(LISTENING).count();
+        let mut daemon = self.launch()?;
+        daemon.wait_until("it to listen", || said().matches(LISTENING).count() > before)?;
+        self.daemon = Some(daemon);
+        Ok(())
+    }
+
+    /// Starts it and does not wait until it listens: [`Server::is_listening`].
+    ///
+    /// # Errors
+    /// [`NetmonError::Start`].
+    pub fn launch(&self) -> Result<Daemon, NetmonError> {
         let listen = format!("{}:{PORT}", room::SERVER);
         let enroll = format!("{}:{ENROLL_PORT}", room::SERVER);
         let mut command = self.host.command(program("netmon-server")?);
         command.arg("--data").arg(&self.data);
         command.args(["run", "--listen", &listen, "--enroll-listen", &enroll]);
-        const READY: &str = "netmon-server listening";
-        let said = || fs::read_to_string(&self.output).unwrap_or_default();
-        let before = said().matches(READY).count();
-        let mut daemon = Daemon::start("netmon-server".to_owned(), command, &self.output)?;
-        daemon.wait_until("it to listen", || said().matches(READY).count() > before)?;
-        self.daemon = Some(daemon);
-        Ok(())
+        Daemon::start("netmon-server".to_owned(), command, &self.output)
+    }
+
+    /// True when this server, launched by [`Server::launch`], is ready.
+    pub fn is_listening(daemon: &Daemon) -> bool {
+        daemon.said_now().contains(LISTENING)
     }
 
     /// Stops it in good order.
@@ -327,6 +363,11 @@ impl<'a> Server<'a> {
     /// Reads the seat's USB log file as it grows.
     pub fn follow_usb(&self, seat: &str) -> Follower {
         Follower::start(&self.log_file(seat).with_file_name("usb.log"))
+    }
+
+    /// Where it runs.
+    pub fn host(&self) -> &Host {
+        self.host
     }
 
     /// The directory with its store.
@@ -556,6 +597,11 @@ impl<'a> Agent<'a> {
     /// Reads its `usb.log` as it grows.
     pub fn follow_usb(&self) -> Follower {
         Follower::start(&self.log_file().with_file_name("usb.log"))
+    }
+
+    /// What it says of itself while it runs.
+    pub fn status_file(&self) -> PathBuf {
+        self.directory.join("run").join("status.json")
     }
 
     /// Its settings.

@@ -14,7 +14,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use std::{env, fs, thread};
 
@@ -92,6 +92,7 @@ pub struct Room {
     directory: PathBuf,
     hosts: BTreeMap<String, Host>,
     pcs: u8,
+    keep: AtomicBool,
 }
 
 /// Address of PC number `pc` (from 1) on `lan0`.
@@ -129,7 +130,7 @@ impl Room {
         }
         let name = format!("{}-{}", process::id(), BUILT.fetch_add(1, Ordering::Relaxed));
         let directory = cleanup::register(&name).map_err(|source| RoomError::Directory { source })?;
-        let mut room = Self { name, directory, hosts: BTreeMap::new(), pcs };
+        let mut room = Self { name, directory, hosts: BTreeMap::new(), pcs, keep: AtomicBool::new(false) };
         // The bridges have no addresses; without IPv6 they do not speak either.
         room.add_host("switch", false)?;
         for host in ["router", "server", "web", "cloud", "dns"] {
@@ -173,6 +174,11 @@ impl Room {
     /// The room's files. All hosts see this directory; it goes with the room.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// Its files are worth a look: they outlast it.
+    pub fn keep_files(&self) {
+        self.keep.store(true, Ordering::Relaxed);
     }
 
     fn add_host(&mut self, name: &str, ipv6: bool) -> Result<(), RoomError> {
@@ -286,7 +292,10 @@ const REST: &str = "ip address show tentative; cat /sys/class/net/lan0/statistic
 impl Drop for Room {
     fn drop(&mut self) {
         // The files of a test that failed are worth a look.
-        cleanup::unregister(&self.name, thread::panicking() || env::var_os("NETMON_LAB_KEEP").is_some());
+        let keep = self.keep.load(Ordering::Relaxed)
+            || thread::panicking()
+            || env::var_os("NETMON_LAB_KEEP").is_some();
+        cleanup::unregister(&self.name, keep);
     }
 }
 

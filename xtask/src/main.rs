@@ -8,6 +8,7 @@ mod ip_txt;
 mod setup;
 mod sh;
 mod test;
+mod torture;
 mod up;
 mod vm;
 
@@ -40,6 +41,12 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Kill agent and server at random under load; compare both logs and the store.
+    Torture {
+        /// Options of `netmon-lab torture`: --kills N (1000), --seed S.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
     /// Measure what watching costs, beside other monitors.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -62,6 +69,7 @@ fn main() -> Result<()> {
         Chore::Up(options) => up::run(&options),
         Chore::Test { parts } => test::run(&parts),
         Chore::Lab { options } => lab(&options),
+        Chore::Torture { options } => torture::run(&options),
         Chore::Bench(bench) => bench::run(&bench),
         Chore::Vm(args) => vm::run(&args),
         Chore::BuildEbpf(options) => ebpf::build(&options),

@@ -26,7 +26,8 @@ pub enum Part {
 }
 
 /// Tests of the lab that have a form with millions of packets, ignored by default; and whether it takes a release build.
-const FULL: [(&str, bool); 4] = [("exact", false), ("stopped", false), ("killed", false), ("million", true)];
+const FULL: [(&str, bool); 5] =
+    [("exact", false), ("stopped", false), ("killed", false), ("torture", false), ("million", true)];
 
 /// The kernel on which the USB tests run, and those with a clock of their own: Debian 12's.
 const USB_KERNEL: &str = "6.1";

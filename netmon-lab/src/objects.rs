@@ -2,23 +2,27 @@
 //! theirs are told apart by whose descriptors they are.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::process::Command;
+use std::{fs, io};
 
 use serde_json::Value;
 
 /// Numbers of programs and of maps. The kernel counts on and gives no number twice.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Objects {
+    /// Programs.
     pub programs: BTreeSet<u64>,
+    /// Maps.
     pub maps: BTreeSet<u64>,
 }
 
 impl Objects {
+    /// True when there are none.
     pub fn is_empty(&self) -> bool {
         self.programs.is_empty() && self.maps.is_empty()
     }
 
+    /// Adds others.
     pub fn extend(&mut self, other: Self) {
         self.programs.extend(other.programs);
         self.maps.extend(other.maps);
@@ -51,24 +55,31 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    pub fn look() -> Self {
-        let named = |list: &[Value]| {
-            let netmon = |item: &&Value| item["name"].as_str().is_some_and(|name| name.starts_with("nm_"));
-            list.iter().filter(netmon).map(|item| id(item, "id")).collect()
+    /// Looks.
+    ///
+    /// # Errors
+    /// `bpftool` is missing, or does not answer.
+    pub fn look() -> io::Result<Self> {
+        let ids = |list: &[Value], which: fn(&Value) -> bool| {
+            list.iter().filter(|item| which(item)).map(|item| id(item, "id")).collect::<io::Result<_>>()
         };
-        let every = |list: &[Value]| list.iter().map(|item| id(item, "id")).collect();
-        let (programs, maps) = (bpftool("prog"), bpftool("map"));
+        let every = |list: &[Value]| ids(list, |_| true);
+        let named = |list: &[Value]| {
+            ids(list, |item| item["name"].as_str().is_some_and(|name| name.starts_with("nm_")))
+        };
+        let (programs, maps) = (bpftool("prog")?, bpftool("map")?);
         let maps_of = programs.iter().map(|program| {
             let maps = program["map_ids"].as_array().into_iter().flatten();
-            (id(program, "id"), maps.filter_map(Value::as_u64).collect())
+            Ok((id(program, "id")?, maps.filter_map(Value::as_u64).collect()))
         });
-        let links = bpftool("link");
-        Self {
-            all: Objects { programs: every(&programs), maps: every(&maps) },
-            netmon: Objects { programs: named(&programs), maps: named(&maps) },
-            maps_of: maps_of.collect(),
-            links: links.iter().map(|link| (id(link, "id"), id(link, "prog_id"))).collect(),
-        }
+        let links = bpftool("link")?;
+        let links = links.iter().map(|link| Ok((id(link, "id")?, id(link, "prog_id")?)));
+        Ok(Self {
+            all: Objects { programs: every(&programs)?, maps: every(&maps)? },
+            netmon: Objects { programs: named(&programs)?, maps: named(&maps)? },
+            maps_of: maps_of.collect::<io::Result<_>>()?,
+            links: links.collect::<io::Result<_>>()?,
+        })
     }
 
     /// What a process holds: by its descriptors, and the maps of its programs.
@@ -90,31 +101,34 @@ impl Kernel {
     }
 
     /// What is netmon's and no living process holds: a pin, an attachment or a leak keeps it.
-    pub fn orphans(&self) -> Objects {
+    ///
+    /// # Errors
+    /// The processes cannot be listed.
+    pub fn orphans(&self) -> io::Result<Objects> {
         let mut held = Objects::default();
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
+        for entry in fs::read_dir("/proc")?.flatten() {
             if let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) {
                 held.extend(self.held_by(pid));
             }
         }
-        self.netmon.without(&held)
+        Ok(self.netmon.without(&held))
     }
 }
 
-fn id(item: &Value, name: &str) -> u64 {
-    item[name].as_u64().unwrap_or_else(|| panic!("no {name} in {item}"))
+fn id(item: &Value, name: &str) -> io::Result<u64> {
+    item[name].as_u64().ok_or_else(|| io::Error::other(format!("bpftool tells no {name} in {item}")))
 }
 
 /// A list; asked again where something has gone while `bpftool` was listing.
-fn bpftool(kind: &str) -> Vec<Value> {
+fn bpftool(kind: &str) -> io::Result<Vec<Value>> {
     for _ in 0..20 {
-        let output = Command::new("bpftool").args(["-j", kind, "list"]).output().unwrap();
+        let output = Command::new("bpftool").args(["-j", kind, "list"]).output()?;
         if !output.status.success() {
             continue;
         }
         if let Ok(Value::Array(list)) = serde_json::from_slice(&output.stdout) {
-            return list;
+            return Ok(list);
         }
     }
-    panic!("bpftool cannot list what the kernel has ({kind})")
+    Err(io::Error::other(format!("bpftool cannot list what the kernel has ({kind})")))
 }

@@ -27,12 +27,9 @@ use netmon_lab::generator::Generator;
 use netmon_lab::host::Host;
 use netmon_lab::lines::Line;
 use netmon_lab::netmon::Agent;
+use netmon_lab::objects::{Kernel, Objects};
 use netmon_lab::room::{self, Room};
 use netmon_lab::wait;
-
-use objects::{Kernel, Objects};
-
-mod objects;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Other tests end agents without ceremony, too, and clear away behind them.
@@ -125,7 +122,7 @@ impl History {
     /// There is one agent, it has everything once, and there is nothing of those before it.
     fn one_agent(&mut self, pc: &Host, agent: &Agent<'_>) {
         let pid = agent.pid().unwrap();
-        let kernel = Kernel::look();
+        let kernel = Kernel::look().unwrap();
         let living = kernel.held_by(pid);
         let maps = maps::ALL.len() + UNPINNED_MAPS;
         assert_eq!((living.programs.len(), living.maps.len()), (programs::ALL.len(), maps), "{living:?}");
@@ -148,7 +145,7 @@ impl History {
             if names != expected || !numbers.is_subset(&self.living.programs) {
                 return Err(format!("attached: {attached:?}"));
             }
-            let kernel = Kernel::look();
+            let kernel = Kernel::look().unwrap();
             let links: Vec<_> =
                 kernel.links.values().filter(|program| self.living.programs.contains(program)).collect();
             if links.len() != expected.len() {
@@ -166,7 +163,7 @@ impl History {
             return Err(format!("of dead agents: {left:?}"));
         }
         // Also of agents that were killed before anybody could look at them.
-        let orphans = kernel.orphans().without(&self.before);
+        let orphans = kernel.orphans().unwrap().without(&self.before);
         if orphans.is_empty() { Ok(()) } else { Err(format!("nobody's: {orphans:?}")) }
     }
 
@@ -180,7 +177,7 @@ impl History {
             if !attached.is_empty() {
                 return Err(format!("attached: {attached:?}"));
             }
-            self.is_alone(&Kernel::look())
+            self.is_alone(&Kernel::look().unwrap())
         });
     }
 }
@@ -221,7 +218,7 @@ fn is_counted_once(room: &Room, agent: &Agent<'_>) {
 fn killed(times: u32) {
     let room = Room::build(2).unwrap();
     let pc = room.pc(1);
-    let mut history = History { before: Kernel::look().netmon, ..History::default() };
+    let mut history = History { before: Kernel::look().unwrap().netmon, ..History::default() };
     let mut agent = Agent::prepare(&room, 1).unwrap();
     let asked = clock::now();
     agent.start_again().unwrap();
@@ -230,8 +227,8 @@ fn killed(times: u32) {
     agent.kill().unwrap();
     // Its pins keep what it had, and this test notices what nobody has any more.
     eventually(PATIENCE, || {
-        let kernel = Kernel::look();
-        let missed = history.living.common(&kernel.netmon).without(&kernel.orphans());
+        let kernel = Kernel::look().unwrap();
+        let missed = history.living.common(&kernel.netmon).without(&kernel.orphans().unwrap());
         if missed.is_empty() { Ok(()) } else { Err(format!("still somebody's: {missed:?}")) }
     });
 
