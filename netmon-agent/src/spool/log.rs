@@ -30,6 +30,9 @@ impl Default for Limits {
     }
 }
 
+/// Where the random numbers of new epochs come from.
+pub type Random = Box<dyn FnMut() -> io::Result<u64> + Send>;
+
 /// Why something could not be spooled or read back.
 #[derive(Debug, thiserror::Error)]
 pub enum SpoolError {
@@ -76,7 +79,7 @@ pub enum SpoolError {
     },
     /// The system has no random number for a new epoch.
     #[error("cannot get a random number for a new spool epoch")]
-    Random(#[source] getrandom::Error),
+    Random(#[source] io::Error),
 }
 
 /// How the spool stands.
@@ -205,6 +208,7 @@ pub struct Spool<F: Files = Disk> {
     total_lost: u64,
     total_dropped: u64,
     pub(super) total_damaged: u64,
+    random: Random,
 }
 
 impl<F: Files> Spool<F> {
@@ -215,6 +219,7 @@ impl<F: Files> Spool<F> {
         (epoch, next_seq): (u64, u64),
         next_number: u64,
         segments: VecDeque<Segment>,
+        random: Random,
     ) -> Self {
         Self {
             files: Arc::new(files),
@@ -239,6 +244,7 @@ impl<F: Files> Spool<F> {
             total_lost: 0,
             total_dropped: 0,
             total_damaged: 0,
+            random,
         }
     }
 
@@ -400,7 +406,7 @@ impl<F: Files> Spool<F> {
     /// # Errors
     /// [`SpoolError`]: what could not be moved is counted as lost.
     pub fn begin_epoch(&mut self) -> Result<(), SpoolError> {
-        let epoch = getrandom::u64().map_err(SpoolError::Random)?;
+        let epoch = (self.random)().map_err(SpoolError::Random)?;
         self.sync()?;
         self.leave_segment();
         let old = self.epochs().into_iter().find(|range| range.epoch == self.epoch);

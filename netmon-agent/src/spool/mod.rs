@@ -1,7 +1,8 @@
 //! What the agent recorded and the server has not acknowledged, on disk.
 //!
 //! * [`format`]: the bytes of a segment, pure
-//! * [`Files`]: the directory, on disk ([`Disk`]) or, in tests, in memory with faults
+//! * [`Files`]: the directory, on disk ([`Disk`]) or, in simulations, in memory with faults (`sim`, with the feature
+//!   `simulation`)
 //! * [`Spool`]: numbering, writing, syncing, reading, giving way
 //! * [`SpoolHandle`]: the same, shared between the thread that records and the uplink
 //!
@@ -20,11 +21,13 @@ mod handle;
 mod log;
 mod read;
 mod recover;
+#[cfg(any(test, feature = "simulation"))]
+pub mod sim;
 #[cfg(test)]
 mod tests;
 
 pub use files::{Disk, Files};
 pub use handle::SpoolHandle;
-pub use log::{Limits, Spool, SpoolError, Stats, SyncTicket};
+pub use log::{Limits, Random, Spool, SpoolError, Stats, SyncTicket};
 pub use read::{Chunk, EpochRange, ReadResult, ReadTicket};
 pub use recover::{OpenError, Recovered};

@@ -43,7 +43,7 @@ pub enum OpenError {
     },
     /// The system has no random number.
     #[error("cannot get a random number for a new spool epoch")]
-    Random(#[source] getrandom::Error),
+    Random(#[source] io::Error),
 }
 
 /// What the run before left behind.
@@ -106,7 +106,7 @@ impl Spool<Disk> {
             io::ErrorKind::WouldBlock => OpenError::InUse(directory.to_owned()),
             _ => OpenError::Directory { path: directory.to_owned(), source },
         })?;
-        Self::open_in(files, directory, limits)
+        Self::open_in(files, directory, limits, || Ok(getrandom::u64()?))
     }
 }
 
@@ -122,11 +122,16 @@ struct Found {
 }
 
 impl<F: Files> Spool<F> {
-    /// [`Spool::open`] in any directory; `path` is for messages.
+    /// [`Spool::open`] in any directory; `path` is for messages, `random` makes the numbers of new epochs.
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn open_in(files: F, path: &Path, limits: Limits) -> Result<(Self, Recovered), OpenError> {
+    pub fn open_in(
+        files: F,
+        path: &Path,
+        limits: Limits,
+        mut random: impl FnMut() -> io::Result<u64> + Send + 'static,
+    ) -> Result<(Self, Recovered), OpenError> {
         let read_failed = |name: &str, source| OpenError::Read { path: path.join(name), source };
         let write_failed = |name: &str, source| OpenError::Write { path: path.join(name), source };
         let mut recovered = Recovered::default();
@@ -189,14 +194,15 @@ impl<F: Files> Spool<F> {
         recovered.new_epoch = position.is_none();
         let position = match position {
             Some(position) => position,
-            None => (getrandom::u64().map_err(OpenError::Random)?, 1),
+            None => (random().map_err(OpenError::Random)?, 1),
         };
 
         let run_file = RunFile { run: recovered.run, stopped: None };
         if let Err(super::SpoolError::RunFile { name, source }) = run_file.write(&files) {
             return Err(write_failed(name, source));
         }
-        let spool = Self::new(files, limits, recovered.run, position, next_number, segments);
+        let spool =
+            Self::new(files, limits, recovered.run, position, next_number, segments, Box::new(random));
         recovered.backlog = spool.stats().backlog;
         Ok((spool, recovered))
     }

@@ -1,189 +1,26 @@
 //! The spool against a directory in memory that fails on demand and forgets what was not synced.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 
 use netmon_common::model::{Event, Filter, Gap, GapReason, Record};
 
+use super::sim::Memory;
 use super::*;
-
-/// A small generator (xorshift64*): the same seed, the same run.
-#[derive(Clone)]
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
-
-#[derive(Clone, Default)]
-struct Content {
-    /// What a reader sees.
-    seen: Vec<u8>,
-    /// What a power cut leaves.
-    synced: Vec<u8>,
-}
-
-type Node = Arc<Mutex<Content>>;
-
-#[derive(Default)]
-struct State {
-    names: BTreeMap<String, Node>,
-    synced_names: BTreeMap<String, Node>,
-    /// Operations until one fails; `None`: none fails.
-    fails_in: Option<u64>,
-    /// All writes, creations and syncs fail.
-    broken: bool,
-    /// Bytes that still fit; `None`: any number.
-    space: Option<usize>,
-}
-
-/// The directory. Clones are the same one.
-#[derive(Clone, Default)]
-struct Memory(Arc<Mutex<State>>);
-
-impl Memory {
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.0.lock().unwrap()
-    }
-
-    fn fault(&self) -> io::Result<()> {
-        let mut state = self.state();
-        let due = state.fails_in == Some(0);
-        state.fails_in = state.fails_in.and_then(|n| n.checked_sub(1));
-        if due || state.broken { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) }
-    }
-
-    /// What a power cut leaves: names and content as synced, plus, at random, a part of what was not.
-    fn after_power_cut(&self, random: &mut Random) -> Memory {
-        let state = self.state();
-        let mut names = state.synced_names.clone();
-        for (name, node) in &state.names {
-            if random.below(2) == 0 {
-                names.insert(name.clone(), Arc::clone(node));
-            }
-        }
-        // A removed name may be gone or not, each for itself.
-        names.retain(|name, _| state.names.contains_key(name) || random.below(2) == 0);
-        let left = names.into_iter().map(|(name, node)| {
-            let content = node.lock().unwrap();
-            let mut bytes = content.synced.clone();
-            if content.seen.len() > bytes.len() && random.below(2) == 0 {
-                let kept = bytes.len() as u64 + random.below((content.seen.len() - bytes.len() + 1) as u64);
-                bytes.extend_from_slice(&content.seen[bytes.len()..kept as usize]);
-                if random.below(3) == 0 {
-                    // Length without data, as journals of metadata leave it.
-                    bytes.resize(bytes.len() + random.below(40) as usize, 0);
-                }
-            }
-            (name, Arc::new(Mutex::new(Content { seen: bytes.clone(), synced: bytes })))
-        });
-        let names: BTreeMap<String, Node> = left.collect();
-        Memory(Arc::new(Mutex::new(State { names: names.clone(), synced_names: names, ..State::default() })))
-    }
-
-    fn damage(&self, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
-        let node = Arc::clone(&self.state().names[name]);
-        let mut content = node.lock().unwrap();
-        change(&mut content.seen);
-        content.synced = content.seen.clone();
-    }
-
-    fn segments(&self) -> Vec<String> {
-        self.state().names.keys().filter(|name| name.ends_with(".seg")).cloned().collect()
-    }
-}
-
-impl Files for Memory {
-    type File = Node;
-
-    fn list(&self) -> io::Result<Vec<String>> {
-        Ok(self.state().names.keys().cloned().collect())
-    }
-
-    fn create(&self, name: &str) -> io::Result<Node> {
-        self.fault()?;
-        let mut state = self.state();
-        assert!(!state.names.contains_key(name), "{name} is there already");
-        let node = Node::default();
-        state.names.insert(name.into(), Arc::clone(&node));
-        Ok(node)
-    }
-
-    fn open(&self, name: &str) -> io::Result<Node> {
-        self.state().names.get(name).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
-    }
-
-    fn write_at(&self, file: &Node, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        // Half of the bytes, then (maybe) the error: short writes are the normal case here.
-        self.fault()?;
-        let mut length = bytes.len().div_ceil(2);
-        if let Some(space) = &mut self.state().space {
-            length = length.min(*space);
-            if length == 0 {
-                return Err(io::ErrorKind::StorageFull.into());
-            }
-            *space -= length;
-        }
-        let mut content = file.lock().unwrap();
-        let end = offset as usize + length;
-        if content.seen.len() < end {
-            content.seen.resize(end, 0);
-        }
-        content.seen[offset as usize..end].copy_from_slice(&bytes[..length]);
-        Ok(length)
-    }
-
-    fn read_at(&self, file: &Node, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
-        let content = file.lock().unwrap();
-        let rest = content.seen.get(offset as usize..).unwrap_or_default();
-        let length = rest.len().min(bytes.len());
-        bytes[..length].copy_from_slice(&rest[..length]);
-        Ok(length)
-    }
-
-    fn sync(&self, file: &Node) -> io::Result<()> {
-        self.fault()?;
-        let mut content = file.lock().unwrap();
-        content.synced = content.seen.clone();
-        Ok(())
-    }
-
-    fn sync_directory(&self) -> io::Result<()> {
-        self.fault()?;
-        let mut state = self.state();
-        state.synced_names = state.names.clone();
-        Ok(())
-    }
-
-    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        self.fault()?;
-        let mut state = self.state();
-        let node = state.names.remove(from).ok_or(io::ErrorKind::NotFound)?;
-        state.names.insert(to.into(), node);
-        Ok(())
-    }
-
-    fn remove(&self, name: &str) -> io::Result<()> {
-        let removed = self.state().names.remove(name);
-        removed.map(drop).ok_or_else(|| io::ErrorKind::NotFound.into())
-    }
-}
 
 const SMALL: Limits = Limits { bytes: 1 << 20, segment_bytes: 400, unsynced_bytes: 4096 };
 
+fn try_open(memory: &Memory, limits: Limits, seed: u64) -> Result<(Spool<Memory>, Recovered), OpenError> {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    Spool::open_in(memory.clone(), Path::new("spool"), limits, move || Ok(rng.u64(..)))
+}
+
 fn open(memory: &Memory, limits: Limits) -> (Spool<Memory>, Recovered) {
-    Spool::open_in(memory.clone(), Path::new("spool"), limits).unwrap()
+    try_open(memory, limits, fastrand::u64(..)).unwrap()
+}
+
+fn segments(memory: &Memory) -> Vec<String> {
+    memory.names().into_iter().filter(|name| name.ends_with(".seg")).collect()
 }
 
 /// An event that can be told from all others.
@@ -227,7 +64,7 @@ fn synced_records_are_read_back_in_order_over_many_segments() {
         assert_eq!(append(&mut spool, n).unwrap(), n);
         spool.sync().unwrap();
     }
-    assert!(memory.segments().len() > 3);
+    assert!(segments(&memory).len() > 3);
     assert_eq!(events(&mut spool), (1..=100).map(event).collect::<Vec<_>>());
     assert_eq!(spool.stats().backlog, 100);
 }
@@ -288,7 +125,7 @@ fn a_torn_end_is_cut_off_counted_once_and_begins_a_new_epoch() {
     spool.sync().unwrap();
     let epoch = spool.stats().epoch;
     drop(spool);
-    memory.damage(&memory.segments()[0], |bytes| bytes.truncate(bytes.len() - 1));
+    memory.damage(&segments(&memory)[0], |bytes| bytes.truncate(bytes.len() - 1));
     let (mut spool, recovered) = open(&memory, SMALL);
     assert!(recovered.damaged_bytes > 0 && recovered.new_epoch && recovered.previous_run_died);
     assert_eq!(append(&mut spool, 4).unwrap(), 1);
@@ -311,7 +148,7 @@ fn damage_in_an_older_segment_costs_only_what_stands_behind_it_there() {
     spool.close().unwrap();
     let before = events(&mut spool);
     drop(spool);
-    memory.damage(&memory.segments()[1], |bytes| bytes[100] ^= 1);
+    memory.damage(&segments(&memory)[1], |bytes| bytes[100] ^= 1);
     let (mut spool, recovered) = open(&memory, SMALL);
     assert!(recovered.damaged_bytes > 0 && recovered.new_epoch);
     let after = all(&mut spool).into_iter().map(|(_, _, event)| event).collect::<Vec<_>>();
@@ -327,7 +164,7 @@ fn damage_that_happens_while_the_agent_runs_is_cut_out_and_reported() {
         append(&mut spool, n).unwrap();
         spool.sync().unwrap();
     }
-    memory.damage(&memory.segments()[1], |bytes| bytes[60] ^= 1);
+    memory.damage(&segments(&memory)[1], |bytes| bytes[60] ^= 1);
     let found = events(&mut spool);
     assert!(found.len() < 200 && found.len() > 170 && found.ends_with(&[event(200)]));
     let gaps = spool.take_gaps();
@@ -341,7 +178,7 @@ fn a_full_disk_is_waited_out_in_memory_then_counted_then_reported() {
     let (mut spool, _) = open(&memory, SMALL);
     append(&mut spool, 1).unwrap();
     spool.sync().unwrap();
-    memory.state().space = Some(5);
+    memory.set_space(Some(5));
     let mut n = 2;
     while append(&mut spool, n).is_ok() {
         n += 1;
@@ -352,7 +189,7 @@ fn a_full_disk_is_waited_out_in_memory_then_counted_then_reported() {
     assert_eq!(spool.stats().lost, 2);
     assert_eq!(spool.take_gaps(), [], "nothing could take them");
 
-    memory.state().space = None;
+    memory.set_space(None);
     spool.sync().unwrap();
     let gaps = spool.take_gaps();
     let gap = Gap {
@@ -373,14 +210,14 @@ fn a_full_disk_is_waited_out_in_memory_then_counted_then_reported() {
 fn a_gap_that_cannot_be_recorded_is_handed_out_again() {
     let memory = Memory::default();
     let (mut spool, _) = open(&memory, SMALL);
-    memory.state().broken = true;
+    memory.set_read_only(true);
     let mut n = 1;
     while append(&mut spool, n).is_ok() {
         n += 1;
     }
     let gap = Gap { reason: GapReason::SpoolFull, from_wall_ns: 1, to_wall_ns: 2, count: Some(7) };
     assert!(spool.append(0, 0, Event::Gap(gap.clone())).is_err());
-    memory.state().broken = false;
+    memory.set_read_only(false);
     spool.sync().unwrap();
     assert!(spool.take_gaps().contains(&gap));
 }
@@ -392,17 +229,17 @@ fn a_failed_fsync_is_not_repeated_on_the_same_file() {
     append(&mut spool, 1).unwrap();
     spool.sync().unwrap();
     append(&mut spool, 2).unwrap();
-    memory.state().fails_in = Some(0);
+    memory.fail_after(Some(0));
     assert!(matches!(spool.sync(), Err(SpoolError::Sync { .. })));
     assert_eq!(events(&mut spool), [event(1)]);
     append(&mut spool, 3).unwrap();
     spool.sync().unwrap();
-    assert_eq!(memory.segments().len(), 2);
+    assert_eq!(segments(&memory).len(), 2);
     assert_eq!(events(&mut spool), [1, 2, 3].map(event));
     assert_eq!(spool.stats().backlog, 3);
     drop(spool);
     // The old segment's unsynced end is torn: no damage, its records are in the new one.
-    memory.damage(&memory.segments()[0], |bytes| bytes.truncate(bytes.len() - 1));
+    memory.damage(&segments(&memory)[0], |bytes| bytes.truncate(bytes.len() - 1));
     let (mut spool, recovered) = open(&memory, SMALL);
     assert_eq!((recovered.damaged_bytes, recovered.backlog), (0, 3));
     assert_eq!(events(&mut spool), [1, 2, 3].map(event));
@@ -439,12 +276,12 @@ fn acks_free_segments_but_never_the_last() {
         spool.sync().unwrap();
     }
     let epoch = spool.stats().epoch;
-    let many = memory.segments().len();
+    let many = segments(&memory).len();
     spool.acked(epoch, 50);
-    assert!(memory.segments().len() < many);
+    assert!(segments(&memory).len() < many);
     assert_eq!(events(&mut spool), (51..=100).map(event).collect::<Vec<_>>());
     spool.acked(epoch, 100);
-    assert_eq!(memory.segments().len(), 1);
+    assert_eq!(segments(&memory).len(), 1);
     assert_eq!(spool.stats().backlog, 0);
     assert_eq!(spool.epochs(), [EpochRange { epoch, oldest: 101, next: 101 }]);
 }
@@ -473,12 +310,12 @@ fn a_segment_of_a_newer_agent_is_left_alone() {
     append(&mut spool, 1).unwrap();
     spool.close().unwrap();
     drop(spool);
-    memory.damage(&memory.segments()[0], |bytes| bytes[8] = 9);
+    memory.damage(&segments(&memory)[0], |bytes| bytes[8] = 9);
     let (mut spool, recovered) = open(&memory, SMALL);
     assert_eq!((recovered.newer_segments, recovered.damaged_bytes, recovered.new_epoch), (1, 0, true));
     append(&mut spool, 2).unwrap();
     spool.sync().unwrap();
-    assert_eq!(memory.segments().len(), 2);
+    assert_eq!(segments(&memory).len(), 2);
 }
 
 #[test]
@@ -521,7 +358,7 @@ fn damage_in_a_segment_that_grows_while_it_is_read_is_cut_with_what_came_behind(
     let (mut spool, _) = open(&memory, Limits::default());
     append(&mut spool, 1).unwrap();
     spool.sync().unwrap();
-    memory.damage(&memory.segments()[0], |bytes| *bytes.last_mut().unwrap() ^= 1);
+    memory.damage(&segments(&memory)[0], |bytes| *bytes.last_mut().unwrap() ^= 1);
     let epoch = spool.stats().epoch;
     let result = spool.begin_read(epoch, 1, 10, 1000).unwrap().run().unwrap();
     append(&mut spool, 2).unwrap();
@@ -540,15 +377,15 @@ fn damage_in_a_segment_that_grows_while_it_is_read_is_cut_with_what_came_behind(
 fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
     let (mut crashes, mut failed_starts) = (0, 0);
     for seed in 1..=150_u64 {
-        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut rng = fastrand::Rng::with_seed(seed);
         let mut memory = Memory::default();
-        let (mut spool, _) = open(&memory, SMALL);
+        let (mut spool, _) = try_open(&memory, SMALL, rng.u64(..)).unwrap();
         // Everything that was ever synced, by its name at the server; what of it is not acked, in order.
         let mut known: BTreeMap<(u64, u64), Event> = BTreeMap::new();
         let mut waiting: Vec<(u64, u64)> = Vec::new();
         let mut n = 0;
         for _ in 0..120 {
-            match random.below(20) {
+            match rng.u8(..20) {
                 0..=9 => {
                     n += 1;
                     let _ = append(&mut spool, n);
@@ -556,13 +393,13 @@ fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
                 10..=13 => {
                     let _ = spool.sync();
                 }
-                14 => memory.state().fails_in = Some(random.below(4)),
+                14 => memory.fail_after(Some(rng.u64(..4))),
                 15 => {
-                    memory.state().space = [None, Some(random.below(300) as usize)][random.below(2) as usize]
+                    memory.set_space(rng.bool().then(|| rng.usize(..300)));
                 }
                 16 => {
                     // The server acknowledges some of what it was sent.
-                    let count = random.below(waiting.len() as u64 + 1) as usize;
+                    let count = rng.usize(..=waiting.len());
                     let acked = waiting.drain(..count).next_back();
                     if let Some((epoch, seq)) = acked {
                         for older in known.keys().map(|(epoch, _)| *epoch).filter(|e| *e != epoch) {
@@ -575,8 +412,8 @@ fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
                     }
                 }
                 17 => {
-                    memory.state().fails_in = None;
-                    memory.state().space = None;
+                    memory.fail_after(None);
+                    memory.set_space(None);
                 }
                 18 => {
                     // A ticket that is out while more is recorded.
@@ -589,19 +426,22 @@ fn no_synced_record_is_lost_or_doubled_and_no_number_is_used_twice() {
                 }
                 _ => {
                     crashes += 1;
-                    let cut = random.below(2) == 0;
+                    let cut = rng.bool();
                     drop(spool);
-                    memory.state().fails_in = None;
-                    memory.state().space = None;
+                    memory.fail_after(None);
+                    memory.set_space(None);
                     if cut {
-                        memory = memory.after_power_cut(&mut random);
+                        memory = memory.power_cut(&mut rng);
                     }
                     // A start that fails half-way is a crash, too.
-                    memory.state().fails_in = [None, Some(random.below(8))][random.below(2) as usize];
-                    let opened = Spool::open_in(memory.clone(), Path::new("spool"), SMALL);
-                    memory.state().fails_in = None;
+                    memory.fail_after(rng.bool().then(|| rng.u64(..8)));
+                    let opened = try_open(&memory, SMALL, rng.u64(..));
+                    memory.fail_after(None);
                     failed_starts += u64::from(opened.is_err());
-                    spool = opened.map_or_else(|_| open(&memory, SMALL).0, |(spool, _)| spool);
+                    spool = opened.map_or_else(
+                        |_| try_open(&memory, SMALL, rng.u64(..)).unwrap().0,
+                        |(spool, _)| spool,
+                    );
                 }
             }
             let found = all(&mut spool);
