@@ -453,10 +453,10 @@ async fn converse(
                     }
                     Some(chunk) => {
                         let mut batch = BatchBuilder::default();
-                        let items = chunk.records.into_iter().map(Item::Record);
-                        let count = items.take_while(|item| batch.push(item)).count();
+                        let taken = chunk.items.iter().take_while(|item| batch.push(item));
+                        let span: u64 = taken.map(Item::span).sum();
                         write(&mut send, &ToServer::Batch(batch.finish(epoch, seq)?)).await?;
-                        session.sent(seq + count as u64 - 1);
+                        session.sent(seq + span - 1);
                     }
                 }
             }
