@@ -20,7 +20,7 @@ use crate::journal::Journal;
 use crate::kernel::{self, Kernel, LoadOptions, Sizes};
 use crate::links::{self, Choice, Link};
 use crate::recorder::Recorder;
-use crate::spool::{Limits, Spool, SpoolHandle};
+use crate::spool::{Spool, SpoolHandle};
 use crate::timer::BootTimer;
 use crate::uplink::{self, Introduction, UplinkStatus};
 use crate::usb::{self, UsbOutput, UsbWatch};
@@ -108,8 +108,7 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     let ring = unsafe { AsyncFd::register_with_interest(kernel.ring_fd()?, Interest::READABLE)? };
 
     // Last of what can fail: opening the spool begins a run.
-    let limits = Limits { bytes: config.spool.max_mib << 20, ..Limits::default() };
-    let (spool, recovered) = Spool::open(&paths.state.join("spool"), limits)?;
+    let (spool, recovered) = Spool::open(&paths.state.join("spool"), config.spool.limits())?;
     let spool = SpoolHandle::new(spool);
     let recorder = Recorder::new(spool.clone(), journal, recovered.run);
     let uplink = Uplink::start(&paths.state.join("identity"), spool.clone());

@@ -335,8 +335,10 @@ impl<F: Files> Spool<F> {
         if let Some(segment) = self.segments.iter().find(waits).cloned() {
             if self.active_segment().is_some_and(|(active, _)| active == segment.number) {
                 self.leave_segment();
-                // Before the old segment loses it; when it fails, the next sync tries again.
-                let _ = self.write_unsynced();
+                if !self.unsynced.is_empty() {
+                    // Before the old segment loses it; when it fails, the next sync tries again.
+                    let _ = self.write_unsynced();
+                }
             }
             return Some(self.ticket(segment, Change::Renumber { epoch, first_seq: next_seq }));
         }

@@ -96,7 +96,8 @@ impl Memory {
         let left = names.into_iter().map(|(name, node)| {
             let content = node.content();
             let mut bytes = content.synced.clone();
-            if let Some(unsynced) = content.seen.get(bytes.len()..).filter(|_| rng.bool()) {
+            let unsynced = content.seen.get(bytes.len()..).unwrap_or_default();
+            if !unsynced.is_empty() && rng.bool() {
                 bytes.extend_from_slice(&unsynced[..rng.usize(..=unsynced.len())]);
                 if rng.u8(..3) == 0 {
                     // Length without data, as journals of metadata leave it.
@@ -122,6 +123,11 @@ impl Memory {
         state.names.clear();
         state.synced_names.clear();
         state.is_missing = true;
+    }
+
+    /// While it is set, the directory is somewhere else, with all its files, and there is none of its name.
+    pub fn set_missing(&self, missing: bool) {
+        self.state().is_missing = missing;
     }
 
     /// The directory as it is now, in another one: an image to be set back to.
