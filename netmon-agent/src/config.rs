@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use netmon_common::model::Service;
@@ -12,6 +13,7 @@ use serde::Deserialize;
 
 use crate::kernel::{Sizes, WordLevel};
 use crate::links::Choice;
+use crate::spool::Limits;
 
 /// Where the settings are looked for when no file is named.
 pub const DEFAULT_FILE: &str = "/etc/netmon/agent.toml";
@@ -133,13 +135,25 @@ impl Default for Log {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Spool {
-    /// Size limit; beyond it the oldest records give way and a gap is recorded.
+    /// Size limit; beyond it minor records give way first, then the oldest, and a gap is recorded.
     pub max_mib: u64,
+    /// Age limit in days, 0 for none; beyond it records give way and a gap is recorded. Off by default: who asks for
+    /// delivery expects it after the summer, too.
+    pub max_days: u64,
 }
 
 impl Default for Spool {
     fn default() -> Self {
-        Self { max_mib: 256 }
+        Self { max_mib: 256, max_days: 0 }
+    }
+}
+
+impl Spool {
+    /// What it sets of the spool's limits.
+    pub fn limits(&self) -> Limits {
+        const DAY: u64 = 24 * 3600;
+        let max_age = (self.max_days > 0).then(|| Duration::from_secs(self.max_days.saturating_mul(DAY)));
+        Limits { bytes: self.max_mib << 20, max_age, ..Limits::default() }
     }
 }
 
@@ -223,6 +237,7 @@ impl Config {
         range("report.coverage_s", config.report.coverage_s, 1..=3_600)?;
         range("report.muted_s", config.report.muted_s, 1..=3_600)?;
         range("spool.max_mib", config.spool.max_mib, 1..=1 << 20)?;
+        range("spool.max_days", config.spool.max_days, 0..=36_500)?;
         range("log.max_mib", config.log.max_mib, 1..=1 << 20)?;
         for label in config.filter.services.keys() {
             if label.is_empty() || label.len() > 32 || !label.chars().all(|c| c.is_ascii_alphanumeric()) {
@@ -288,6 +303,9 @@ mod tests {
                 format!("the configuration agent.toml: capture.flows = {flows} is outside 1024 to 4194304")
             );
         }
+        assert!(
+            error("[spool]\nmax_days = 36501\n").contains("spool.max_days = 36501 is outside 0 to 36500")
+        );
         let message = error("[filter.services]\ndns = [\"53\"]\n");
         assert!(message.contains("`53` is not a service: write udp/53 or tcp/53"), "{message}");
         assert!(error("[capture]\ninterfaces = [\"a/b\"]\n").contains("capture.interfaces"));

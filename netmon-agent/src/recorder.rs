@@ -17,6 +17,8 @@ use crate::spool::SpoolHandle;
 const GROUP: Duration = Duration::from_millis(20);
 /// A disk that failed is tried again this often.
 const RETRY: Duration = Duration::from_secs(1);
+/// Records that are too old are looked for this often, boot clock.
+const EXPIRE_NS: u64 = 60_000_000_000;
 
 /// Records events.
 pub struct Recorder {
@@ -98,10 +100,16 @@ impl Recorder {
 /// Syncs what was recorded, until the recorder is gone. What is recorded during a sync waits for the next one.
 async fn keep_synced(spool: SpoolHandle, recorded: Arc<Notify>) {
     let mut failed = false;
+    let mut next_expiry_ns = 0;
     while Arc::strong_count(&recorded) > 1 {
         if !failed {
             recorded.notified().await;
             tokio::time::sleep(GROUP).await;
+        }
+        let now = Now::read();
+        if now.boot_ns >= next_expiry_ns {
+            next_expiry_ns = now.boot_ns + EXPIRE_NS;
+            spool.expire(now.boot_ns, now.wall_ns).await;
         }
         match spool.sync_in_background().await {
             Ok(()) if failed => {
@@ -113,7 +121,7 @@ async fn keep_synced(spool: SpoolHandle, recorded: Arc<Notify>) {
                 if !std::mem::replace(&mut failed, true) {
                     tracing::error!(
                         error = &error as &dyn std::error::Error,
-                        "cannot write the spool; records wait in memory"
+                        "the spool cannot be written, trying again"
                     );
                 }
                 tokio::time::sleep(RETRY).await;

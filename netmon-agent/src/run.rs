@@ -22,7 +22,7 @@ use crate::kernel::{self, Kernel, LoadOptions, Sizes};
 use crate::links::{self, Choice, Link};
 use crate::privileges;
 use crate::recorder::Recorder;
-use crate::spool::{Limits, Spool, SpoolHandle};
+use crate::spool::{Spool, SpoolHandle};
 use crate::supervisor::Supervisor;
 use crate::timer::BootTimer;
 use crate::uplink::{self, Introduction, Sources, UplinkStatus};
@@ -114,8 +114,7 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     let ring = unsafe { AsyncFd::register_with_interest(kernel.ring_fd()?, Interest::READABLE)? };
 
     // Last of what can fail: opening the spool begins a run.
-    let limits = Limits { bytes: config.spool.max_mib << 20, ..Limits::default() };
-    let (spool, recovered) = Spool::open(&paths.state.join("spool"), limits)?;
+    let (spool, recovered) = Spool::open(&paths.state.join("spool"), config.spool.limits())?;
     let spool = SpoolHandle::new(spool);
     let recorder = Recorder::new(spool.clone(), journal, recovered.run);
     let (heartbeat, beats) = watch::channel(Heartbeat::default());

@@ -463,7 +463,7 @@ impl Watch {
             wall_ns: now.wall_ns,
             coverage: self.coverage(),
             spool_bytes: spool.bytes,
-            oldest_wall_ns: None,
+            oldest_wall_ns: spool.oldest_wall_ns,
         });
     }
 

@@ -187,7 +187,7 @@ fn gap_sentence(gap: &Gap, zone: &TimeZone) -> String {
         GapReason::TransferTableFull => {
             ("too many transfers at once, the rest is in the muted totals", "flows")
         }
-        GapReason::SpoolFull => ("the spool was full, oldest records were given up", "records"),
+        GapReason::SpoolFull => ("the spool was at its limit, records were given up", "records"),
         GapReason::SpoolUnwritable => ("the spool could not be written", "records"),
         GapReason::SpoolDamaged => ("the spool's end was damaged and cut off", "bytes"),
         GapReason::UsbMessagesLost => ("USB messages were lost, devices were listed anew", ""),

@@ -445,7 +445,7 @@ pub enum GapReason {
     RingFull,
     /// Too many transfers at once; the rest is in the ledger. Count: flows.
     TransferTableFull,
-    /// The spool had reached its size limit. Count: records.
+    /// The spool had reached a limit of its own, of size or age. Count: records.
     SpoolFull,
     /// The spool could not be written (disk full, I/O error). Count: records.
     SpoolUnwritable,

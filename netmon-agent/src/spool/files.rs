@@ -1,9 +1,10 @@
 //! The few things the spool asks of a directory: on disk, and in tests in memory with faults.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::FlockOperation;
 
@@ -12,10 +13,12 @@ pub trait Files {
     /// An open file.
     type File: Clone;
 
-    /// Names of all files.
+    /// Makes the directory if it is not there (any more), and holds it for this process.
     ///
     /// # Errors
-    /// As the system has it; so for all the others.
+    /// As the system has it, so for all the others; [`io::ErrorKind::WouldBlock`] when another process holds it.
+    fn make_directory(&self) -> io::Result<()>;
+    /// Names of all files.
     fn list(&self) -> io::Result<Vec<String>>;
     /// Makes a file that is not there yet, readable and writable by its owner alone.
     fn create(&self, name: &str) -> io::Result<Self::File>;
@@ -29,6 +32,8 @@ pub trait Files {
     fn sync(&self, file: &Self::File) -> io::Result<()>;
     /// Makes created, renamed and removed names outlast a power cut.
     fn sync_directory(&self) -> io::Result<()>;
+    /// True while this name leads to this file.
+    fn is_there(&self, file: &Self::File, name: &str) -> io::Result<bool>;
     /// Gives a file another name, in place of what has that name.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
     /// Removes a name.
@@ -77,49 +82,71 @@ pub(super) fn read_at_most<F: Files>(
     Ok(bytes)
 }
 
-/// Puts a whole file in place of another, so that a crash leaves the one or the other.
+/// Removes a file that may not be there.
+pub(super) fn remove_if_there<F: Files>(files: &F, name: &str) -> io::Result<()> {
+    match files.remove(name) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Puts a whole file in place of another, so that a crash leaves the one or the other; which one, says the directory's
+/// next sync.
 pub(super) fn replace<F: Files>(files: &F, name: &str, bytes: &[u8]) -> io::Result<()> {
     let tmp = format!("{name}.tmp");
-    match files.remove(&tmp) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    remove_if_there(files, &tmp)?;
     let file = files.create(&tmp)?;
-    write_all_at(files, &file, bytes, 0)?;
-    files.sync(&file)?;
-    files.rename(&tmp, name)?;
-    files.sync_directory()
+    let written = write_all_at(files, &file, bytes, 0).and_then(|()| files.sync(&file));
+    if written.is_err() {
+        // On a full disk it would take the room from what can still be written.
+        let _ = files.remove(&tmp);
+    }
+    written?;
+    files.rename(&tmp, name)
 }
 
 /// A directory on disk, held by one process at a time.
 #[derive(Debug)]
 pub struct Disk {
     path: PathBuf,
-    /// Open on the directory: for its lock and its fsync.
-    directory: File,
+    /// Open on the directory, for its lock.
+    held: Mutex<Option<File>>,
 }
 
 impl Disk {
-    /// Opens the directory, making it (0700) when it is missing, and locks it for this process.
-    ///
-    /// # Errors
-    /// What the system says; [`io::ErrorKind::WouldBlock`] when another process holds it.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        if !path.is_dir() {
-            std::fs::create_dir_all(path)?;
-            std::fs::set_permissions(path, Permissions::from_mode(0o700))?;
-            if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-                File::open(parent)?.sync_all()?;
-            }
-        }
-        let directory = File::open(path)?;
-        rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive)?;
-        Ok(Self { path: path.to_owned(), directory })
+    /// The directory of this path; see [`Files::make_directory`].
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), held: Mutex::new(None) }
     }
 }
 
+fn is_same(one: &Metadata, other: &Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
 impl Files for Disk {
-    type File = std::sync::Arc<File>;
+    type File = Arc<File>;
+
+    fn make_directory(&self) -> io::Result<()> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(held) = &*held
+            && std::fs::metadata(&self.path)
+                .is_ok_and(|there| held.metadata().is_ok_and(|held| is_same(&held, &there)))
+        {
+            return Ok(());
+        }
+        if !self.path.is_dir() {
+            std::fs::create_dir_all(&self.path)?;
+            std::fs::set_permissions(&self.path, Permissions::from_mode(0o700))?;
+            if let Some(parent) = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+                File::open(parent)?.sync_all()?;
+            }
+        }
+        let directory = File::open(&self.path)?;
+        rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive)?;
+        *held = Some(directory);
+        Ok(())
+    }
 
     fn list(&self) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
@@ -153,7 +180,16 @@ impl Files for Disk {
     }
 
     fn sync_directory(&self) -> io::Result<()> {
-        self.directory.sync_all()
+        // By its path: what is held may have been removed and made again by somebody.
+        File::open(&self.path)?.sync_all()
+    }
+
+    fn is_there(&self, file: &Self::File, name: &str) -> io::Result<bool> {
+        match std::fs::metadata(self.path.join(name)) {
+            Ok(there) => Ok(is_same(&file.metadata()?, &there)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {

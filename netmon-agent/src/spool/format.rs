@@ -1,4 +1,4 @@
-//! The spool's bytes on disk, version 1. Pure: no files, no clock.
+//! The spool's bytes on disk, version 2. Pure: no files, no clock.
 //!
 //! ```text
 //! segment file `<number, 10 digits>.seg`:
@@ -10,23 +10,33 @@
 //!  24  u64      epoch
 //!  32  u64      first_seq
 //!  40  u32      CRC-32C of bytes 0..40
-//!  44  frames, one for each record, numbered first_seq, first_seq + 1, …:
+//!  44  frames; the first one's number is first_seq:
+//!      a record, which takes one number:
 //!        u32    length of the record, 1 ..= MAX_RECORD
 //!        u32    CRC-32C of the record's number (u64) and its bytes
 //!        bytes  of `netmon_common::model::Record`
+//!      or, from version 2 on, a hole, which takes the numbers of records that gave way:
+//!        u32    0xffffffff
+//!        u32    CRC-32C of its first number (u64), the four bytes 0xff and the count
+//!        u64    count of the numbers, 1 or more
 //! ```
 //!
-//! All numbers are little-endian. The checksum covers the record's number, so that a frame in a wrong place is
+//! All numbers are little-endian. The checksum covers the frame's number, so that a frame in a wrong place is
 //! as bad as a damaged one; a length of 0 is never valid, so that zeros at a file's end (a power cut) are none.
 
 use netmon_common::model::MAX_RECORD;
 
 /// Version of the format that this agent writes.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Bytes in front of a segment's first frame.
 pub const HEADER: usize = 44;
 /// Bytes in front of each record.
 pub const FRAME: usize = 8;
+/// Bytes of a hole.
+pub const HOLE_FRAME: usize = FRAME + 8;
+
+/// Stands for a record's length where there is a hole.
+const HOLE: u32 = u32::MAX;
 
 const MAGIC: [u8; 8] = *b"nmspool\0";
 
@@ -92,7 +102,7 @@ impl Header {
                 first_seq: u64_at(bytes, 32)?,
             })
         })();
-        header.filter(|header| header.first_seq > 0 && version == VERSION).ok_or(HeaderError::Damaged)
+        header.filter(|header| header.first_seq > 0 && version >= 1).ok_or(HeaderError::Damaged)
     }
 }
 
@@ -103,37 +113,82 @@ pub fn push_frame(out: &mut Vec<u8>, seq: u64, record: &[u8]) {
     out.extend_from_slice(record);
 }
 
+/// Appends the frame of a hole to `out`.
+pub fn push_hole(out: &mut Vec<u8>, seq: u64, count: u64) {
+    out.extend_from_slice(&HOLE.to_le_bytes());
+    out.extend_from_slice(&hole_checksum(seq, count).to_le_bytes());
+    out.extend_from_slice(&count.to_le_bytes());
+}
+
+/// One frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame<'a> {
+    /// A record's bytes.
+    Record(&'a [u8]),
+    /// So many records gave way.
+    Hole(u64),
+}
+
+impl Frame<'_> {
+    /// Numbers that it takes.
+    pub fn span(&self) -> u64 {
+        match self {
+            Self::Record(_) => 1,
+            Self::Hole(count) => *count,
+        }
+    }
+
+    /// Bytes that it takes on disk.
+    pub fn length(&self) -> usize {
+        match self {
+            Self::Record(record) => FRAME + record.len(),
+            Self::Hole(_) => HOLE_FRAME,
+        }
+    }
+}
+
 /// What stands at the beginning of some bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next<'a> {
-    /// A whole record; its frame has [`FRAME`] bytes more.
-    Record(&'a [u8]),
+    /// A whole frame.
+    Frame(Frame<'a>),
     /// The beginning of a frame: more bytes are needed, or the rest was never written.
     Cut,
-    /// No frame of this record.
+    /// No frame with this number.
     Damaged,
 }
 
-/// Reads the frame of record `seq` from the beginning of `bytes`.
+/// Reads the frame with the number `seq` from the beginning of `bytes`.
 pub fn next_frame(bytes: &[u8], seq: u64) -> Next<'_> {
     let (Some(length), Some(crc)) = (u32_at(bytes, 0), u32_at(bytes, 4)) else { return Next::Cut };
+    if length == HOLE {
+        return match u64_at(bytes, FRAME) {
+            None => Next::Cut,
+            Some(count)
+                if count > 0 && seq.checked_add(count).is_some() && hole_checksum(seq, count) == crc =>
+            {
+                Next::Frame(Frame::Hole(count))
+            }
+            Some(_) => Next::Damaged,
+        };
+    }
     let length = length as usize;
     if !(1..=MAX_RECORD).contains(&length) {
         return Next::Damaged;
     }
     match bytes.get(FRAME..FRAME + length) {
         None => Next::Cut,
-        Some(record) if checksum(seq, record) == crc => Next::Record(record),
+        Some(record) if checksum(seq, record) == crc => Next::Frame(Frame::Record(record)),
         Some(_) => Next::Damaged,
     }
 }
 
-/// The whole records at the beginning of `bytes`, numbered from `seq` on.
+/// The whole frames at the beginning of `bytes`, numbered from `seq` on.
 pub fn frames(bytes: &[u8], seq: u64) -> Frames<'_> {
     Frames { rest: bytes, seq }
 }
 
-/// Iterates over whole records; see [`frames`].
+/// Iterates over whole frames and their numbers; see [`frames`].
 #[derive(Clone, Debug)]
 pub struct Frames<'a> {
     rest: &'a [u8],
@@ -141,21 +196,32 @@ pub struct Frames<'a> {
 }
 
 impl Frames<'_> {
-    /// Bytes behind the last record that was handed out.
+    /// Bytes behind the last frame that was handed out.
     pub fn rest(&self) -> usize {
         self.rest.len()
+    }
+
+    /// The number behind the last frame that was handed out.
+    pub fn seq(&self) -> u64 {
+        self.seq
     }
 }
 
 impl<'a> Iterator for Frames<'a> {
-    type Item = &'a [u8];
+    type Item = (u64, Frame<'a>);
 
-    fn next(&mut self) -> Option<&'a [u8]> {
-        let Next::Record(record) = next_frame(self.rest, self.seq) else { return None };
-        self.rest = &self.rest[FRAME + record.len()..];
-        self.seq += 1;
-        Some(record)
+    fn next(&mut self) -> Option<Self::Item> {
+        let Next::Frame(frame) = next_frame(self.rest, self.seq) else { return None };
+        let seq = self.seq;
+        self.rest = &self.rest[frame.length()..];
+        self.seq += frame.span();
+        Some((seq, frame))
     }
+}
+
+fn hole_checksum(seq: u64, count: u64) -> u32 {
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&seq.to_le_bytes()), &HOLE.to_le_bytes());
+    crc32c::crc32c_append(crc, &count.to_le_bytes())
 }
 
 fn checksum(seq: u64, record: &[u8]) -> u32 {
@@ -180,42 +246,71 @@ mod tests {
 
     const HEADER_1: Header = Header { run: 3, number: 17, epoch: 0x1122_3344_5566_7788, first_seq: 4001 };
 
-    #[test]
-    fn version_1_stays_readable() {
+    fn segment() -> Vec<u8> {
         let mut bytes = HEADER_1.encode().to_vec();
         push_frame(&mut bytes, 4001, b"one");
-        let hex = netmon_common::enroll::Hex(&bytes).to_string();
+        push_hole(&mut bytes, 4002, 5);
+        push_frame(&mut bytes, 4007, b"seven");
+        bytes
+    }
+
+    fn all(bytes: &[u8], seq: u64) -> Vec<(u64, Frame<'_>)> {
+        frames(bytes, seq).collect()
+    }
+
+    #[test]
+    fn version_1_stays_readable() {
+        let hex = "6e6d73706f6f6c00010000000300000011000000000000008877665544332211a10f000000000000\
+                   5ff9ed3f0300000045488d166f6e65";
+        let bytes = netmon_common::enroll::unhex::<55>(hex).unwrap();
+        assert_eq!(Header::decode(&bytes), Ok(HEADER_1));
+        assert_eq!(all(&bytes[HEADER..], 4001), [(4001, Frame::Record(b"one"))]);
+    }
+
+    #[test]
+    fn version_2_stays_as_it_is() {
+        let bytes = segment();
         assert_eq!(
-            hex,
-            "6e6d73706f6f6c00010000000300000011000000000000008877665544332211a10f000000000000\
-             5ff9ed3f0300000045488d166f6e65"
+            netmon_common::enroll::Hex(&bytes).to_string(),
+            "6e6d73706f6f6c00020000000300000011000000000000008877665544332211a10f000000000000\
+             028806790300000045488d166f6e65ffffffff8ae793be050000000000000005000000e1f9f08e736576656e"
         );
         assert_eq!(Header::decode(&bytes), Ok(HEADER_1));
-        assert_eq!(frames(&bytes[HEADER..], 4001).collect::<Vec<_>>(), [b"one"]);
+        let expected =
+            [(4001, Frame::Record(b"one")), (4002, Frame::Hole(5)), (4007, Frame::Record(b"seven"))];
+        assert_eq!(all(&bytes[HEADER..], 4001), expected);
     }
 
     #[test]
     fn every_flipped_bit_is_noticed() {
-        let mut good = HEADER_1.encode().to_vec();
-        push_frame(&mut good, 4001, b"one");
+        let good = segment();
         for bit in 0..good.len() * 8 {
             let mut bad = good.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
-            let readable =
-                Header::decode(&bad) == Ok(HEADER_1) && frames(&bad[HEADER..], 4001).next().is_some();
-            assert!(!readable, "bit {bit}");
+            let header = Header::decode(&bad) == Ok(HEADER_1);
+            assert!(!header || all(&bad[HEADER..], 4001).len() < 3, "bit {bit}");
         }
     }
 
     #[test]
     fn every_cut_is_noticed() {
-        let mut good = HEADER_1.encode().to_vec();
-        push_frame(&mut good, 4001, b"one");
+        let good = segment();
         for length in 0..HEADER {
             assert_eq!(Header::decode(&good[..length]), Err(HeaderError::Damaged), "{length}");
         }
+        let ends = [HEADER, HEADER + 11, HEADER + 11 + HOLE_FRAME, good.len()];
         for length in HEADER..good.len() {
-            assert_eq!(next_frame(&good[HEADER..length], 4001), Next::Cut, "{length}");
+            let whole = all(&good[HEADER..length], 4001).len();
+            assert_eq!(whole, ends.iter().filter(|end| **end <= length).count() - 1, "{length}");
+        }
+    }
+
+    #[test]
+    fn a_hole_of_nothing_or_of_more_than_there_are_numbers_is_damage() {
+        for (seq, count) in [(7, 0), (7, u64::MAX), (u64::MAX, 1)] {
+            let mut bytes = Vec::new();
+            push_hole(&mut bytes, seq, count);
+            assert_eq!(next_frame(&bytes, seq), Next::Damaged);
         }
     }
 
@@ -235,7 +330,7 @@ mod tests {
     #[test]
     fn a_newer_version_is_told_from_damage() {
         let mut bytes = HEADER_1.encode();
-        bytes[8] = 2;
-        assert_eq!(Header::decode(&bytes), Err(HeaderError::Newer(2)));
+        bytes[8] = 3;
+        assert_eq!(Header::decode(&bytes), Err(HeaderError::Newer(3)));
     }
 }

@@ -45,19 +45,37 @@ impl SpoolHandle {
         self.spool().take_gaps()
     }
 
-    /// Makes what was recorded so far outlast a power cut, and wakes the uplink. Blocks for an fsync; not for
-    /// async threads.
+    /// Makes what was recorded so far outlast a power cut, wakes the uplink, and brings the spool back within its limit.
+    /// Blocks for an fsync, or for some megabytes; not for async threads.
     ///
     /// # Errors
-    /// [`SpoolError::Write`], [`SpoolError::Sync`]: the records wait in memory; call again.
+    /// [`SpoolError`]: what could not be written waits in memory; call again.
     pub fn sync(&self) -> Result<(), SpoolError> {
-        let _one_at_a_time = self.0.syncing.lock().unwrap_or_else(PoisonError::into_inner);
-        // The guard must not live on into the fsync.
+        let _one_at_a_time = self.syncing();
+        self.sync_records()?;
+        loop {
+            // No guard may live on into what takes long, here and below.
+            let ticket = self.spool().begin_rewrite();
+            let Some(ticket) = ticket else { return Ok(()) };
+            let result = ticket.run();
+            self.spool().finish_rewrite(result)?;
+            self.say_changed();
+        }
+    }
+
+    fn sync_records(&self) -> Result<(), SpoolError> {
+        let ticket = self.spool().begin_recovery();
+        if let Some(ticket) = ticket {
+            let result = ticket.run();
+            self.spool().finish_recovery(result)?;
+            self.say_changed();
+        }
         let ticket = self.spool().begin_sync()?;
-        let Some(ticket) = ticket else { return Ok(()) };
-        let result = ticket.run();
-        self.spool().finish_sync(ticket, result)?;
-        self.0.synced.send_modify(|count| *count += 1);
+        if let Some(ticket) = ticket {
+            let result = ticket.run();
+            self.spool().finish_sync(ticket, result)?;
+            self.say_changed();
+        }
         Ok(())
     }
 
@@ -87,13 +105,13 @@ impl SpoolHandle {
         &self,
         epoch: u64,
         seq: u64,
-        max_records: usize,
+        max_items: usize,
         max_bytes: usize,
     ) -> Result<Option<Chunk>, SpoolError> {
         self.in_background(move |handle| {
             loop {
                 // The guards must not live on into the reading.
-                let ticket = handle.spool().begin_read(epoch, seq, max_records, max_bytes);
+                let ticket = handle.spool().begin_read(epoch, seq, max_items, max_bytes);
                 let Some(ticket) = ticket else { return Ok(None) };
                 let result = ticket.run()?;
                 if let Some(chunk) = handle.spool().finish_read(result) {
@@ -104,18 +122,47 @@ impl SpoolHandle {
         .await
     }
 
+    /// See [`Spool::record`]; on a thread for blocking work, and recording goes on meanwhile.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn record(&self, epoch: u64, seq: u64) -> Result<Option<Vec<u8>>, SpoolError> {
+        Ok(self.read(epoch, seq, 1, 0).await?.and_then(|chunk| chunk.into_record(seq)))
+    }
+
+    /// See [`Spool::expire`]: gives up all that is too old, on a thread for blocking work (it may remove files).
+    pub async fn expire(&self, boot_ns: u64, wall_ns: i64) {
+        self.in_background(move |handle| while handle.spool().expire(boot_ns, wall_ns) {}).await;
+    }
+
     /// See [`Spool::acked`]; on a thread for blocking work (it may remove files).
     pub async fn acked(&self, epoch: u64, seq: u64) {
         self.in_background(move |handle| handle.spool().acked(epoch, seq)).await;
     }
 
-    /// See [`Spool::begin_epoch`]; on a thread for blocking work.
+    /// See [`Spool::begin_epoch`]; on a thread for blocking work, and recording goes on meanwhile.
     ///
     /// # Errors
     /// As there.
     pub async fn begin_epoch(&self) -> Result<(), SpoolError> {
+        /// After so many segments and remainders, recording has to wait for the rest: it comes faster than it can be
+        /// renumbered.
+        const STEPS: usize = 1000;
         self.in_background(|handle| {
-            let _one_at_a_time = handle.0.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+            let _one_at_a_time = handle.syncing();
+            handle.spool().begin_renewal()?;
+            for _ in 0..STEPS {
+                handle.sync_records()?;
+                let ticket = handle.spool().begin_renumbering();
+                match ticket {
+                    Some(ticket) => {
+                        let result = ticket.run();
+                        handle.spool().finish_rewrite(result)?;
+                    }
+                    None if handle.spool().is_renewing() => {}
+                    None => return Ok(()),
+                }
+            }
             handle.spool().begin_epoch()
         })
         .await
@@ -126,15 +173,23 @@ impl SpoolHandle {
     /// # Errors
     /// As there.
     pub fn close(&self) -> Result<(), SpoolError> {
-        let _one_at_a_time = self.0.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.syncing();
         let result = self.spool().close();
-        self.0.synced.send_modify(|count| *count += 1);
+        self.say_changed();
         result
     }
 
     /// See [`Spool::stats`].
     pub fn stats(&self) -> Stats {
         self.spool().stats()
+    }
+
+    fn say_changed(&self) {
+        self.0.synced.send_modify(|count| *count += 1);
+    }
+
+    fn syncing(&self) -> MutexGuard<'_, ()> {
+        self.0.syncing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn spool(&self) -> MutexGuard<'_, Spool> {

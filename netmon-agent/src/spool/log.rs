@@ -1,32 +1,37 @@
-//! The spool itself: numbering, writing, syncing, giving way.
+//! The spool itself: numbering, writing, syncing.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use netmon_common::model::{Event, Gap, GapReason, Record, RecordError};
 
-use super::files::{Disk, Files, write_all_at};
+use super::files::{Disk, Files, remove_if_there, write_all_at};
 use super::format::{FRAME, HEADER, Header, push_frame};
-use super::read::{Cursor, EpochRange};
-use super::recover::{self, RunFile};
+use super::read::Cursor;
+use super::recover::{self, RUN_FILE, RunFile};
+use super::rewrite::Renewal;
+use super::segment::{Lost, Segment, Stamp};
 
 /// How much the spool may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes on disk. Beyond, the oldest segment gives way.
+    /// Bytes on disk. Beyond, first the minor records of the oldest segments give way, then the oldest segment.
     pub bytes: u64,
     /// A segment that reached this size is closed; at most a quarter of `bytes` is used.
     pub segment_bytes: u64,
     /// Bytes that wait in memory for the disk. Beyond, records are lost (and counted).
     pub unsynced_bytes: usize,
+    /// Records that are older give way, segment by segment; see [`Spool::expire`]. `None`: however old.
+    pub max_age: Option<Duration>,
 }
 
 impl Default for Limits {
     /// 256 MiB: at some 100 bytes a record and two records a second, two weeks without the server. Segments of
     /// 4 MiB: small against the whole, so that little is given up at once, large against a record.
     fn default() -> Self {
-        Self { bytes: 256 << 20, segment_bytes: 4 << 20, unsynced_bytes: 1 << 20 }
+        Self { bytes: 256 << 20, segment_bytes: 4 << 20, unsynced_bytes: 1 << 20, max_age: None }
     }
 }
 
@@ -57,6 +62,22 @@ pub enum SpoolError {
     #[error("cannot sync spool segment {name}; its records go into a new one")]
     Sync {
         /// The segment's file.
+        name: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A segment cannot be written anew.
+    #[error("cannot write spool segment {name} anew; it stays as it is")]
+    Rewrite {
+        /// The segment's file.
+        name: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// What is in the directory is not known yet. Records wait in memory; syncing again tries again.
+    #[error("cannot read {name} of the spool; records wait in memory")]
+    Recover {
+        /// The file, or "the directory".
         name: String,
         /// What the system says.
         source: io::Error,
@@ -97,84 +118,45 @@ pub struct Stats {
     pub backlog: u64,
     /// Bytes on disk and waiting for it.
     pub bytes: u64,
+    /// Wall clock of the oldest record that waits for the server, or of one little older; `None`: none waits.
+    pub oldest_wall_ns: Option<i64>,
     /// Records of this run that could not be kept (disk full, I/O error).
     pub lost: u64,
-    /// Records that gave way in this run because the spool was full.
+    /// Records that gave way in this run because the spool was full or they were too old.
     pub dropped: u64,
     /// Bytes found damaged while reading in this run.
     pub damaged_bytes: u64,
 }
 
-/// One file of records, as far as it is synced.
-#[derive(Clone, Debug)]
-pub(super) struct Segment {
-    pub number: u64,
-    pub epoch: u64,
-    pub first_seq: u64,
-    pub records: u64,
-    /// Length of the header and these records.
-    pub bytes: u64,
-    /// Everything below is acknowledged.
-    pub acked_next: u64,
-    /// Wall clock of the first and the newest record.
-    pub walls: Option<(i64, i64)>,
-}
-
-impl Segment {
-    pub fn name(&self) -> String {
-        recover::segment_name(self.number)
-    }
-
-    /// Behind the last synced record.
-    pub fn end(&self) -> u64 {
-        self.first_seq + self.records
-    }
-
-    pub fn is_done(&self) -> bool {
-        self.acked_next >= self.end()
-    }
-}
-
-/// Losses that the caller has not been told of yet.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Lost {
-    count: u64,
-    walls: Option<(i64, i64)>,
-}
-
-impl Lost {
-    pub(super) fn add(&mut self, count: u64, from: i64, to: i64) {
-        self.count += count;
-        self.walls = Some(self.walls.map_or((from, to), |(a, b)| (a.min(from), b.max(to))));
-    }
-
-    fn take(&mut self, reason: GapReason) -> Option<Gap> {
-        let Lost { count, walls } = std::mem::take(self);
-        let (from_wall_ns, to_wall_ns) = walls.unwrap_or_default();
-        (count > 0).then_some(Gap { reason, from_wall_ns, to_wall_ns, count: Some(count) })
-    }
-}
-
 /// What one fsync has to do; see [`Spool::begin_sync`].
 pub struct SyncTicket<F: Files = Disk> {
     files: Arc<F>,
+    run_file: Option<RunFile>,
     /// The segment's number and file.
     segment: Option<(u64, F::File)>,
     directory: bool,
     directory_changes: u64,
     bytes: usize,
     next_seq: u64,
-    walls: Option<(i64, i64)>,
+    stamps: Option<(Stamp, Stamp)>,
 }
 
 impl<F: Files> SyncTicket<F> {
     /// Syncs: may take long, needs no lock. Give the result to [`Spool::finish_sync`].
     ///
     /// # Errors
-    /// What the system says.
+    /// What the system says; [`io::ErrorKind::NotFound`] when somebody removed the segment.
     pub fn run(&self) -> io::Result<()> {
-        if let Some((_, file)) = &self.segment {
+        // First: once a record of this run is handed out, no start may take the run before for the newest.
+        if let Some(run_file) = &self.run_file {
+            self.files.make_directory()?;
+            run_file.write(&*self.files)?;
+        }
+        if let Some((number, file)) = &self.segment {
             self.files.sync(file)?;
+            if !self.files.is_there(file, &recover::segment_name(*number))? {
+                return Err(io::Error::new(io::ErrorKind::NotFound, "somebody removed it"));
+            }
         }
         if self.directory { self.files.sync_directory() } else { Ok(()) }
     }
@@ -184,7 +166,14 @@ impl<F: Files> SyncTicket<F> {
 pub struct Spool<F: Files = Disk> {
     pub(super) files: Arc<F>,
     pub(super) limits: Limits,
+    /// As the records have it.
     pub(super) run: u32,
+    /// As the files have it: 0 until they could be read.
+    pub(super) counted_run: u32,
+    /// The file of the runs does not know of this one.
+    pub(super) run_file_due: bool,
+    /// What was in the directory at the start is known.
+    pub(super) is_surveyed: bool,
     pub(super) epoch: u64,
     pub(super) next_seq: u64,
     pub(super) next_number: u64,
@@ -192,52 +181,57 @@ pub struct Spool<F: Files = Disk> {
     pub(super) segments: VecDeque<Segment>,
     pub(super) active: Option<F::File>,
     /// Frames that are not known to be on disk, from record `synced_next` on.
-    unsynced: Vec<u8>,
-    unsynced_walls: Option<(i64, i64)>,
+    pub(super) unsynced: Vec<u8>,
+    /// The first and the newest of them.
+    unsynced_stamps: Option<(Stamp, Stamp)>,
     pub(super) synced_next: u64,
     /// How many bytes of `unsynced` the active segment has.
     written: usize,
     /// What the disk said when it failed last; `None` when it works.
-    trouble: Option<String>,
-    directory_changes: u64,
+    pub(super) trouble: Option<String>,
+    pub(super) directory_changes: u64,
     directory_synced: u64,
+    /// Files that are of no use any more and could not be removed.
+    pub(super) leftovers: Vec<String>,
     pub(super) cursor: Option<Cursor<F::File>>,
-    full: Lost,
-    unwritable: Lost,
+    /// The segment that is being written anew.
+    pub(super) rewriting: Option<u64>,
+    pub(super) renewal: Option<Renewal>,
+    pub(super) full: Lost,
+    pub(super) unwritable: Lost,
     pub(super) damaged: Lost,
-    total_lost: u64,
-    total_dropped: u64,
+    pub(super) total_lost: u64,
+    pub(super) total_dropped: u64,
     pub(super) total_damaged: u64,
-    random: Random,
+    pub(super) random: Random,
 }
 
 impl<F: Files> Spool<F> {
-    pub(super) fn new(
-        files: F,
-        limits: Limits,
-        run: u32,
-        (epoch, next_seq): (u64, u64),
-        next_number: u64,
-        segments: VecDeque<Segment>,
-        random: Random,
-    ) -> Self {
+    /// One that knows nothing of its directory.
+    pub(super) fn new(files: F, limits: Limits, epoch: u64, random: Random) -> Self {
         Self {
             files: Arc::new(files),
             limits: Limits { segment_bytes: limits.segment_bytes.min(limits.bytes / 4), ..limits },
-            run,
+            run: 0,
+            counted_run: 0,
+            run_file_due: true,
+            is_surveyed: false,
             epoch,
-            next_seq,
-            next_number,
-            segments,
+            next_seq: 1,
+            next_number: 1,
+            segments: VecDeque::new(),
             active: None,
             unsynced: Vec::new(),
-            unsynced_walls: None,
-            synced_next: next_seq,
+            unsynced_stamps: None,
+            synced_next: 1,
             written: 0,
             trouble: None,
             directory_changes: 0,
             directory_synced: 0,
+            leftovers: Vec::new(),
             cursor: None,
+            rewriting: None,
+            renewal: None,
             full: Lost::default(),
             unwritable: Lost::default(),
             damaged: Lost::default(),
@@ -256,34 +250,29 @@ impl<F: Files> Spool<F> {
     /// [`Gap`] from [`Spool::take_gaps`] is not lost: it is handed out again.)
     pub fn append(&mut self, boot_ns: u64, wall_ns: i64, event: Event) -> Result<u64, SpoolError> {
         let record = Record { seq: self.next_seq, run: self.run, boot_ns, wall_ns, event };
-        self.append_record(&record)
-    }
-
-    fn append_record(&mut self, record: &Record) -> Result<u64, SpoolError> {
-        let seq = record.seq;
         let bytes = match record.to_bytes() {
             Ok(bytes) => bytes,
             Err(error) => {
-                self.lose(record);
+                self.lose(&record);
                 return Err(SpoolError::Record(error));
             }
         };
         if !self.has_room(bytes.len()) {
-            self.lose(record);
+            self.lose(&record);
             let trouble = self.trouble.clone().unwrap_or_else(|| "it is slow".into());
             return Err(SpoolError::NoRoom { trouble });
         }
-        push_frame(&mut self.unsynced, seq, &bytes);
-        let (first, _) = self.unsynced_walls.unwrap_or((record.wall_ns, record.wall_ns));
-        self.unsynced_walls = Some((first, record.wall_ns));
+        push_frame(&mut self.unsynced, record.seq, &bytes);
+        let stamp = Stamp::from(&record);
+        self.unsynced_stamps = Some((self.unsynced_stamps.map_or(stamp, |(first, _)| first), stamp));
         self.next_seq += 1;
         // A disk in trouble is asked again by the next sync, not by every record.
-        if self.trouble.is_none() {
+        if self.trouble.is_none() && self.is_surveyed {
             // The record is kept in memory whatever the disk says; the next sync reports what it says.
             let _ = self.write_unsynced();
         }
-        self.give_way();
-        Ok(seq)
+        self.give_way_at_once();
+        Ok(record.seq)
     }
 
     fn has_room(&self, record: usize) -> bool {
@@ -299,11 +288,11 @@ impl<F: Files> Spool<F> {
                 _ => None,
             };
             if let Some(lost) = lost {
-                return lost.add(gap.count.unwrap_or(1), gap.from_wall_ns, gap.to_wall_ns);
+                return lost.add(gap.count.unwrap_or(1), (gap.from_wall_ns, gap.to_wall_ns));
             }
         }
         self.total_lost += 1;
-        self.unwritable.add(1, record.wall_ns, record.wall_ns);
+        self.unwritable.add(1, (record.wall_ns, record.wall_ns));
     }
 
     /// Losses since the last call, to be appended as [`Event::Gap`]s (and written to the PC's own log). Empty
@@ -325,21 +314,25 @@ impl<F: Files> Spool<F> {
     /// # Errors
     /// [`SpoolError::Write`]: the records stay in memory, and the next call tries again.
     pub fn begin_sync(&mut self) -> Result<Option<SyncTicket<F>>, SpoolError> {
+        if !self.is_surveyed {
+            return Ok(None);
+        }
         if !self.unsynced.is_empty() {
             self.write_unsynced()?;
         }
         let directory = self.directory_changes != self.directory_synced;
-        if self.unsynced.is_empty() && !directory {
+        if self.unsynced.is_empty() && !directory && !self.run_file_due {
             return Ok(None);
         }
         Ok(Some(SyncTicket {
             files: Arc::clone(&self.files),
+            run_file: self.run_file_due.then_some(RunFile { run: self.counted_run, stopped: None }),
             segment: self.active_segment().filter(|_| !self.unsynced.is_empty()),
             directory,
             directory_changes: self.directory_changes,
             bytes: self.written,
             next_seq: self.next_seq,
-            walls: self.unsynced_walls,
+            stamps: self.unsynced_stamps,
         }))
     }
 
@@ -353,37 +346,61 @@ impl<F: Files> Spool<F> {
             let name = self.segments.back().map(Segment::name).unwrap_or_default();
             self.trouble = Some(source.to_string());
             self.leave_segment();
+            if source.kind() == io::ErrorKind::NotFound {
+                self.look_for_files();
+            }
             return Err(SpoolError::Sync { name, source });
         }
+        self.run_file_due &= ticket.run_file.is_none();
         self.directory_synced = self.directory_synced.max(ticket.directory_changes);
         // A segment left behind since (damage found by a reader) has nothing of this ticket any more.
         let is_same = ticket
             .segment
             .is_some_and(|(number, _)| self.active_segment().is_some_and(|(active, _)| active == number));
         if is_same && let Some(segment) = self.segments.back_mut() {
-            segment.records = ticket.next_seq - segment.first_seq;
-            segment.bytes += ticket.bytes as u64;
-            if let Some((first, last)) = ticket.walls {
-                segment.walls = Some((segment.walls.map_or(first, |(first, _)| first), last));
-                self.unsynced_walls = self.unsynced_walls.map(|(_, newest)| (last, newest));
+            if let Some((first, last)) = ticket.stamps {
+                segment.marks.push(self.synced_next, first.wall_ns);
+                segment.stamps = Some((segment.stamps.map_or(first, |(first, _)| first), last));
+                self.unsynced_stamps = self.unsynced_stamps.map(|(_, newest)| (last, newest));
             }
+            // Nothing but records is appended.
+            segment.span = ticket.next_seq - segment.first_seq;
+            segment.records = segment.span;
+            segment.bytes += ticket.bytes as u64;
             self.unsynced.drain(..ticket.bytes);
             self.written -= ticket.bytes;
             self.synced_next = ticket.next_seq;
+            if self.unsynced.is_empty() {
+                self.unsynced_stamps = None;
+            }
             if segment.bytes >= self.limits.segment_bytes {
                 self.leave_segment();
             }
         }
-        self.give_way();
         self.remove_done();
+        self.remove_leftovers();
         Ok(())
     }
 
-    /// [`Spool::begin_sync`], the sync, [`Spool::finish_sync`]: blocks until the disk has everything.
+    /// Blocks until the disk has everything and is within its limit: [`Spool::begin_recovery`], [`Spool::begin_sync`] and
+    /// [`Spool::begin_rewrite`], what they want done, and what finishes it.
     ///
     /// # Errors
     /// As these.
     pub fn sync(&mut self) -> Result<(), SpoolError> {
+        self.sync_records()?;
+        while let Some(ticket) = self.begin_rewrite() {
+            let result = ticket.run();
+            self.finish_rewrite(result)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn sync_records(&mut self) -> Result<(), SpoolError> {
+        if let Some(ticket) = self.begin_recovery() {
+            let result = ticket.run();
+            self.finish_recovery(result)?;
+        }
         let Some(ticket) = self.begin_sync()? else { return Ok(()) };
         let result = ticket.run();
         self.finish_sync(ticket, result)
@@ -393,59 +410,9 @@ impl<F: Files> Spool<F> {
     /// removed.
     pub fn acked(&mut self, epoch: u64, seq: u64) {
         for segment in self.segments.iter_mut().filter(|segment| segment.epoch == epoch) {
-            let acked_next = seq.saturating_add(1).min(segment.end());
-            segment.acked_next = segment.acked_next.max(acked_next);
+            segment.acked(seq);
         }
         self.remove_done();
-    }
-
-    /// Begins a new epoch, because the server knows other records under this one's numbers (the disk was
-    /// restored from an older image). What waits in the spool is recorded again under new numbers: better twice
-    /// than never.
-    ///
-    /// # Errors
-    /// [`SpoolError`]: what could not be moved is counted as lost.
-    pub fn begin_epoch(&mut self) -> Result<(), SpoolError> {
-        let epoch = (self.random)().map_err(SpoolError::Random)?;
-        self.sync()?;
-        self.leave_segment();
-        let old = self.epochs().into_iter().find(|range| range.epoch == self.epoch);
-        (self.epoch, self.next_seq, self.synced_next) = (epoch, 1, 1);
-        let Some(EpochRange { epoch: old, oldest, next }) = old else { return Ok(()) };
-        let moved = self.move_records(old, oldest, next);
-        self.acked(old, u64::MAX);
-        moved
-    }
-
-    fn move_records(&mut self, old: u64, mut seq: u64, next: u64) -> Result<(), SpoolError> {
-        while seq < next {
-            let chunk = match self.read(old, seq, 1000, self.limits.unsynced_bytes / 4) {
-                Ok(Some(chunk)) => chunk,
-                Ok(None) => return Ok(()),
-                Err(error) => {
-                    self.total_lost += next - seq;
-                    self.unwritable.add(next - seq, 0, 0);
-                    return Err(error);
-                }
-            };
-            seq = chunk.first_seq + chunk.records.len() as u64;
-            for bytes in &chunk.records {
-                match Record::from_bytes(bytes) {
-                    Ok(mut record) => {
-                        record.seq = self.next_seq;
-                        // A failure is counted as lost, record by record.
-                        let _ = self.append_record(&record);
-                    }
-                    Err(error) => {
-                        tracing::error!(%error, "a spooled record does not decode");
-                        self.total_lost += 1;
-                        self.unwritable.add(1, 0, 0);
-                    }
-                }
-            }
-            self.sync()?;
-        }
-        Ok(())
     }
 
     /// Syncs and marks the end of the run, so that the next one knows that nothing is missing.
@@ -453,21 +420,29 @@ impl<F: Files> Spool<F> {
     /// # Errors
     /// [`SpoolError`]: the next run will say that this one died.
     pub fn close(&mut self) -> Result<(), SpoolError> {
-        self.sync()?;
+        self.sync_records()?;
         let stopped = Some((self.epoch, self.next_seq));
-        RunFile { run: self.run, stopped }.write(&*self.files)
+        let written = RunFile { run: self.counted_run, stopped }.write(&*self.files);
+        written.map_err(|source| SpoolError::RunFile { name: RUN_FILE, source })
     }
 
     /// How the spool stands.
     pub fn stats(&self) -> Stats {
         let mut backlog = self.next_seq - self.synced_next;
-        let mut bytes = self.unsynced.len() as u64;
+        let mut oldest_wall_ns = None;
         let mut behind = (0, 0);
         for segment in &self.segments {
             let counted = if behind.0 == segment.epoch { behind.1 } else { 0 };
-            backlog += segment.end().saturating_sub(segment.acked_next.max(segment.first_seq).max(counted));
-            bytes += segment.bytes;
+            // What a failed fsync left in two segments counts once.
+            let waiting = segment.waiting().min(segment.end().saturating_sub(counted));
+            if waiting > 0 && oldest_wall_ns.is_none() {
+                oldest_wall_ns = segment.marks.at(segment.acked_next);
+            }
+            backlog += waiting;
             behind = (segment.epoch, segment.end().max(counted));
+        }
+        if oldest_wall_ns.is_none() && self.next_seq > self.synced_next {
+            oldest_wall_ns = self.unsynced_stamps.map(|(first, _)| first.wall_ns);
         }
         Stats {
             run: self.run,
@@ -475,16 +450,22 @@ impl<F: Files> Spool<F> {
             next_seq: self.next_seq,
             synced_seq: self.synced_next - 1,
             backlog,
-            bytes,
+            bytes: self.bytes(),
+            oldest_wall_ns,
             lost: self.total_lost,
             dropped: self.total_dropped,
             damaged_bytes: self.total_damaged,
         }
     }
 
+    /// On disk and waiting for it.
+    pub(super) fn bytes(&self) -> u64 {
+        self.segments.iter().map(|segment| segment.bytes).sum::<u64>() + self.unsynced.len() as u64
+    }
+
     /// Writes what the active segment does not have yet, behind its synced part: a write that failed half-way
     /// is written over with the same bytes.
-    fn write_unsynced(&mut self) -> Result<(), SpoolError> {
+    pub(super) fn write_unsynced(&mut self) -> Result<(), SpoolError> {
         let result = self.try_write_unsynced();
         self.trouble = match &result {
             Err(SpoolError::Write { source, .. }) => Some(source.to_string()),
@@ -506,7 +487,7 @@ impl<F: Files> Spool<F> {
         Ok(())
     }
 
-    fn active_segment(&self) -> Option<(u64, F::File)> {
+    pub(super) fn active_segment(&self) -> Option<(u64, F::File)> {
         Some((self.segments.back()?.number, self.active.clone()?))
     }
 
@@ -514,25 +495,26 @@ impl<F: Files> Spool<F> {
         let number = self.next_number;
         // Also when it fails: a name that may be on disk is not used for something else.
         self.next_number += 1;
-        let header = Header { run: self.run, number, epoch: self.epoch, first_seq: self.synced_next };
+        let header = Header { run: self.counted_run, number, epoch: self.epoch, first_seq: self.synced_next };
         let name = recover::segment_name(number);
         let failed = |source| SpoolError::Write { name: name.clone(), source };
-        let file = self.files.create(&name).map_err(failed)?;
+        let file = match self.files.create(&name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                tracing::error!("somebody removed the spool's directory; it is made again");
+                self.files.make_directory().map_err(failed)?;
+                self.look_for_files();
+                self.files.create(&name)
+            }
+            created => created,
+        };
+        let file = file.map_err(failed)?;
         self.directory_changes += 1;
         if let Err(source) = write_all_at(&*self.files, &file, &header.encode(), 0) {
             // Best effort: an empty segment is removed by the next start, too.
             let _ = self.files.remove(&name);
             return Err(failed(source));
         }
-        self.segments.push_back(Segment {
-            number,
-            epoch: self.epoch,
-            first_seq: self.synced_next,
-            records: 0,
-            bytes: HEADER as u64,
-            acked_next: self.synced_next,
-            walls: None,
-        });
+        self.segments.push_back(Segment::new(&header));
         self.active = Some(file.clone());
         Ok(file)
     }
@@ -543,35 +525,48 @@ impl<F: Files> Spool<F> {
             return;
         }
         self.written = 0;
-        if let Some(empty) = self.segments.pop_back_if(|segment| segment.records == 0) {
+        if let Some(empty) = self.segments.pop_back_if(|segment| segment.span == 0) {
             self.remove_file(&empty);
         }
     }
 
-    /// Removes the oldest segments while the spool is over its limit.
-    fn give_way(&mut self) {
-        let mut bytes =
-            self.segments.iter().map(|segment| segment.bytes).sum::<u64>() + self.unsynced.len() as u64;
-        while bytes > self.limits.bytes && self.may_remove(0) {
-            let Some(segment) = self.segments.pop_front() else { return };
-            bytes -= segment.bytes;
-            let lost = segment.end() - segment.first_seq.max(segment.acked_next);
-            if lost > 0 {
-                self.total_dropped += lost;
-                let (from, to) = segment.walls.unwrap_or_default();
-                self.full.add(lost, from, to);
+    /// Counts what somebody removed.
+    fn look_for_files(&mut self) {
+        let names: HashSet<String> = match self.files.list() {
+            Ok(names) => names.into_iter().collect(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => HashSet::new(),
+            // What is not there shows when it is read.
+            Err(_) => return,
+        };
+        self.run_file_due |= !names.contains(RUN_FILE);
+        let segments = std::mem::take(&mut self.segments);
+        for segment in segments {
+            if names.contains(&segment.name()) {
+                self.segments.push_back(segment);
+            } else {
+                self.cursor.take_if(|cursor| cursor.number == segment.number);
+                if !segment.is_done() {
+                    self.count_damage(&segment, HEADER as u64);
+                }
             }
-            self.remove_file(&segment);
         }
+    }
+
+    /// A segment's bytes from `offset` on are lost.
+    pub(super) fn count_damage(&mut self, segment: &Segment, offset: u64) {
+        let lost = segment.bytes - offset;
+        tracing::error!(segment = segment.name(), bytes = lost, "a spool segment is damaged or gone");
+        self.total_damaged += lost;
+        self.damaged.add(lost, segment.walls());
     }
 
     /// A segment may go only when a later one is surely on disk: else a power cut could leave the start of an
     /// epoch as its seeming end, and numbers would be used again.
-    fn may_remove(&self, index: usize) -> bool {
-        self.segments.range(index + 1..).any(|later| later.records > 0)
+    pub(super) fn may_remove(&self, index: usize) -> bool {
+        self.segments.range(index + 1..).any(|later| later.span > 0)
     }
 
-    fn remove_done(&mut self) {
+    pub(super) fn remove_done(&mut self) {
         let mut index = 0;
         while index < self.segments.len() {
             let segment = &self.segments[index];
@@ -586,12 +581,26 @@ impl<F: Files> Spool<F> {
         }
     }
 
-    fn remove_file(&mut self, segment: &Segment) {
+    pub(super) fn remove_file(&mut self, segment: &Segment) {
         self.cursor.take_if(|cursor| cursor.number == segment.number);
+        self.remove_name(segment.name());
+    }
+
+    pub(super) fn remove_name(&mut self, name: String) {
         self.directory_changes += 1;
-        if let Err(error) = self.files.remove(&segment.name()) {
-            // It stays until the next start, which finds it again; the server ignores what it has.
-            tracing::warn!(segment = segment.name(), %error, "cannot remove a spool segment");
+        if let Err(error) = remove_if_there(&*self.files, &name) {
+            // A start that finds it does no harm: the server ignores what it has.
+            tracing::warn!(name, %error, "cannot remove a spool file, trying again");
+            self.leftovers.push(name);
+        }
+    }
+
+    fn remove_leftovers(&mut self) {
+        let files = Arc::clone(&self.files);
+        let before = self.leftovers.len();
+        self.leftovers.retain(|name| remove_if_there(&*files, name).is_err());
+        if self.leftovers.len() < before {
+            self.directory_changes += 1;
         }
     }
 }

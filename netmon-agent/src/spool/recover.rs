@@ -3,44 +3,22 @@
 use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use netmon_common::model::Record;
 use serde::{Deserialize, Serialize};
 
-use super::files::{Disk, Files, read_at_most, replace};
-use super::format::{HEADER, Header, HeaderError, frames};
-use super::log::{Limits, Segment, Spool};
+use super::files::{Disk, Files, read_at_most, remove_if_there, replace};
+use super::format::{HEADER, Header, HeaderError};
+use super::log::{Limits, Spool, SpoolError};
+use super::segment::Segment;
 
-/// Why the spool cannot be used.
+/// Why the spool cannot be used. A directory that cannot be read or written is no reason: it is waited for.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// Another agent runs with the same state directory.
     #[error("the spool {0} is in use: another netmon-agent runs; stop it first")]
     InUse(PathBuf),
-    /// The directory cannot be made, opened or locked.
-    #[error("cannot open the spool directory {path}")]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
-    /// A file cannot be read.
-    #[error("cannot read spool file {path}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
-    /// A file cannot be repaired, or the start of this run cannot be noted.
-    #[error("cannot write spool file {path}; is the disk full or read-only?")]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
     /// The system has no random number.
     #[error("cannot get a random number for a new spool epoch")]
     Random(#[source] io::Error),
@@ -49,7 +27,7 @@ pub enum OpenError {
 /// What the run before left behind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Recovered {
-    /// This run's number: 1 for the first one with this spool.
+    /// This run's number: 1 for the first one with this spool; 0 if the spool could not be read.
     pub run: u32,
     /// The run before did not end in good order.
     pub previous_run_died: bool,
@@ -65,9 +43,12 @@ pub struct Recovered {
     pub new_epoch: bool,
     /// Segments of a newer agent's format, left alone for it.
     pub newer_segments: u32,
+    /// Something of the directory could not be read, repaired or written: each sync tries again. What is not known here
+    /// and what is then found damaged comes with [`Spool::take_gaps`].
+    pub is_incomplete: bool,
 }
 
-const RUN_FILE: &str = "run.json";
+pub(super) const RUN_FILE: &str = "run.json";
 
 /// The file that counts the runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,10 +60,9 @@ pub(super) struct RunFile {
 }
 
 impl RunFile {
-    pub fn write<F: Files>(&self, files: &F) -> Result<(), super::SpoolError> {
-        let json = serde_json::to_vec(self).map_err(io::Error::from);
-        json.and_then(|json| replace(files, RUN_FILE, &json))
-            .map_err(|source| super::SpoolError::RunFile { name: RUN_FILE, source })
+    pub fn write<F: Files>(&self, files: &F) -> io::Result<()> {
+        replace(files, RUN_FILE, &serde_json::to_vec(self)?)?;
+        files.sync_directory()
     }
 }
 
@@ -97,16 +77,12 @@ fn segment_number(name: &str) -> Option<u64> {
 
 impl Spool<Disk> {
     /// Opens (or makes) the spool in `directory`, repairs what a crash left, and begins a run. Reads every
-    /// segment: blocks for as long as that takes.
+    /// segment: blocks for as long as that takes. Where that fails, the run begins nevertheless, in memory.
     ///
     /// # Errors
     /// [`OpenError`].
     pub fn open(directory: &Path, limits: Limits) -> Result<(Self, Recovered), OpenError> {
-        let files = Disk::open(directory).map_err(|source| match source.kind() {
-            io::ErrorKind::WouldBlock => OpenError::InUse(directory.to_owned()),
-            _ => OpenError::Directory { path: directory.to_owned(), source },
-        })?;
-        Self::open_in(files, directory, limits, || Ok(getrandom::u64()?))
+        Self::open_in(Disk::new(directory), directory, limits, || Ok(getrandom::u64()?))
     }
 }
 
@@ -114,11 +90,34 @@ impl Spool<Disk> {
 struct Found {
     segment: Segment,
     run: u32,
-    /// Header and whole records; kept only while it may have to be written again.
+    /// Header and whole frames; kept only while they may have to be written again.
     whole: Option<Vec<u8>>,
-    /// Bytes behind the whole records.
+    /// Bytes behind the whole frames.
     rest: u64,
     newest: Option<Record>,
+}
+
+/// What is in the directory, repaired as far as it can be written.
+pub struct Survey {
+    recovered: Recovered,
+    segments: VecDeque<Segment>,
+    next_number: u64,
+    /// Where the run before stopped, if it is sure that this one may go on there.
+    position: Option<(u64, u64)>,
+    leftovers: Vec<String>,
+}
+
+/// The reading of a directory that could not be read so far; see [`Spool::begin_recovery`].
+pub struct RecoveryTicket<F: Files = Disk>(Arc<F>);
+
+impl<F: Files> RecoveryTicket<F> {
+    /// Reads every segment: may take long, needs no lock. Give the result to [`Spool::finish_recovery`].
+    ///
+    /// # Errors
+    /// [`SpoolError::Recover`]: worth another try.
+    pub fn run(&self) -> Result<Survey, SpoolError> {
+        survey(&*self.0)
+    }
 }
 
 impl<F: Files> Spool<F> {
@@ -132,80 +131,141 @@ impl<F: Files> Spool<F> {
         limits: Limits,
         mut random: impl FnMut() -> io::Result<u64> + Send + 'static,
     ) -> Result<(Self, Recovered), OpenError> {
-        let read_failed = |name: &str, source| OpenError::Read { path: path.join(name), source };
-        let write_failed = |name: &str, source| OpenError::Write { path: path.join(name), source };
-        let mut recovered = Recovered::default();
-
-        let mut names =
-            files.list().map_err(|source| OpenError::Directory { path: path.to_owned(), source })?;
-        names.sort_unstable();
-        for tmp in names.iter().filter(|name| name.ends_with(".tmp")) {
-            files.remove(tmp).map_err(|source| write_failed(tmp, source))?;
-        }
-        let numbers: Vec<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
-        let next_number = numbers.iter().max().map_or(1, |newest| newest + 1);
-
-        let run_file: Option<RunFile> = if names.iter().any(|name| name == RUN_FILE) {
-            let bytes = read_all(&files, RUN_FILE).map_err(|source| read_failed(RUN_FILE, source))?;
-            // Damaged: as good as missing; the run is known from the segments, and a new epoch begins.
-            serde_json::from_slice(&bytes).ok()
-        } else {
-            None
-        };
-
-        let mut found: Vec<Found> = Vec::new();
-        for number in numbers {
-            let name = segment_name(number);
-            let bytes = read_all(&files, &name).map_err(|source| read_failed(&name, source))?;
-            match Header::decode(&bytes) {
-                Ok(header) if header.number == number => found.push(examine(header, bytes)),
-                Err(HeaderError::Newer(version)) => {
-                    tracing::warn!(segment = name, version, "spool segment of a newer agent is left alone");
-                    recovered.newer_segments += 1;
+        let epoch = random().map_err(OpenError::Random)?;
+        let mut spool = Self::new(files, limits, epoch, Box::new(random));
+        let mut recovered = match survey(&*spool.files) {
+            Ok(survey) => {
+                let recovered = survey.recovered;
+                spool.run = recovered.run;
+                if let Some((epoch, next_seq)) = survey.position {
+                    (spool.epoch, spool.next_seq, spool.synced_next) = (epoch, next_seq, next_seq);
                 }
-                Ok(_) | Err(HeaderError::Damaged) => {
-                    // Without a byte behind its header it never held a record.
-                    if bytes.len() > HEADER {
-                        recovered.damaged_bytes += bytes.len() as u64;
-                    }
-                    files.remove(&name).map_err(|source| write_failed(&name, source))?;
-                }
+                spool.install(survey);
+                let written = RunFile { run: spool.counted_run, stopped: None }.write(&*spool.files);
+                spool.run_file_due = written.is_err();
+                spool.trouble = written.err().map(|error| error.to_string());
+                recovered
             }
-        }
-
-        let known_runs = found.iter().map(|found| found.run).chain(run_file.map(|file| file.run));
-        let last_run = known_runs.max().unwrap_or(0);
-        recovered.run = last_run.saturating_add(1);
-        let stopped = run_file.and_then(|file| file.stopped);
-        recovered.previous_run_died = last_run > 0 && stopped.is_none();
-
-        repair(&files, &mut found, &mut recovered).map_err(|(name, source)| write_failed(&name, source))?;
-
-        let newest = found.iter().rev().find_map(|found| found.newest.as_ref());
-        recovered.last_wall_ns = newest.map(|record| record.wall_ns);
-        recovered.last_boot_ns = newest.map(|record| record.boot_ns);
-
-        let segments: VecDeque<Segment> = found.into_iter().map(|found| found.segment).collect();
-        let position = if recovered.damaged_bytes == 0 && recovered.newer_segments == 0 {
-            run_file.and_then(|_| go_on_at(stopped, &segments))
-        } else {
-            None
+            Err(SpoolError::Recover { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
+                return Err(OpenError::InUse(path.to_owned()));
+            }
+            Err(error) => {
+                spool.trouble = Some(crate::chain(&error));
+                Recovered { new_epoch: true, ..Recovered::default() }
+            }
         };
-        recovered.new_epoch = position.is_none();
-        let position = match position {
-            Some(position) => position,
-            None => (random().map_err(OpenError::Random)?, 1),
-        };
-
-        let run_file = RunFile { run: recovered.run, stopped: None };
-        if let Err(super::SpoolError::RunFile { name, source }) = run_file.write(&files) {
-            return Err(write_failed(name, source));
+        recovered.is_incomplete = spool.trouble.is_some()
+            || !spool.leftovers.is_empty()
+            || spool.segments.iter().any(|segment| segment.is_held);
+        if recovered.is_incomplete {
+            let trouble = spool.trouble.as_deref().unwrap_or("a segment cannot be repaired");
+            tracing::error!(
+                spool = %path.display(),
+                trouble,
+                "the spool cannot be read or written; records wait in memory, trying again"
+            );
         }
-        let spool =
-            Self::new(files, limits, recovered.run, position, next_number, segments, Box::new(random));
         recovered.backlog = spool.stats().backlog;
         Ok((spool, recovered))
     }
+
+    /// `None`: the directory was read.
+    pub fn begin_recovery(&self) -> Option<RecoveryTicket<F>> {
+        (!self.is_surveyed).then(|| RecoveryTicket(Arc::clone(&self.files)))
+    }
+
+    /// Takes note of what was found; this run's epoch goes on behind it.
+    ///
+    /// # Errors
+    /// [`SpoolError::Recover`]: the ticket's own; another one will be handed out.
+    pub fn finish_recovery(&mut self, result: Result<Survey, SpoolError>) -> Result<(), SpoolError> {
+        let survey = result.inspect_err(|error| self.trouble = Some(crate::chain(error)))?;
+        let Recovered { damaged_bytes, last_wall_ns, .. } = survey.recovered;
+        self.total_damaged += damaged_bytes;
+        let last = last_wall_ns.unwrap_or_default();
+        self.damaged.add(damaged_bytes, (last, last));
+        self.install(survey);
+        Ok(())
+    }
+
+    fn install(&mut self, survey: Survey) {
+        self.is_surveyed = true;
+        self.counted_run = survey.recovered.run;
+        self.next_number = survey.next_number;
+        self.segments = survey.segments;
+        self.leftovers = survey.leftovers;
+    }
+}
+
+fn survey<F: Files>(files: &F) -> Result<Survey, SpoolError> {
+    let failed = |name: &str, source| SpoolError::Recover { name: name.to_owned(), source };
+    let mut recovered = Recovered::default();
+    let mut leftovers = Vec::new();
+    let mut remove = |name: &str| {
+        if remove_if_there(files, name).is_err() {
+            leftovers.push(name.to_owned());
+        }
+    };
+
+    let names = files.make_directory().and_then(|()| files.list());
+    let mut names = names.map_err(|source| failed("the directory", source))?;
+    names.sort_unstable();
+    for tmp in names.iter().filter(|name| name.ends_with(".tmp")) {
+        remove(tmp);
+    }
+    let numbers: Vec<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
+    let next_number = numbers.iter().max().map_or(1, |newest| newest + 1);
+
+    let run_file: Option<RunFile> = if names.iter().any(|name| name == RUN_FILE) {
+        let bytes = read_all(files, RUN_FILE).map_err(|source| failed(RUN_FILE, source))?;
+        // Damaged: as good as missing; the run is known from the segments, and a new epoch begins.
+        serde_json::from_slice(&bytes).ok()
+    } else {
+        None
+    };
+
+    let mut found: Vec<Found> = Vec::new();
+    for number in numbers {
+        let name = segment_name(number);
+        let bytes = read_all(files, &name).map_err(|source| failed(&name, source))?;
+        match Header::decode(&bytes) {
+            Ok(header) if header.number == number => found.push(examine(&header, bytes)),
+            Err(HeaderError::Newer(version)) => {
+                tracing::warn!(segment = name, version, "spool segment of a newer agent is left alone");
+                recovered.newer_segments += 1;
+            }
+            Ok(_) | Err(HeaderError::Damaged) => {
+                // Without a byte behind its header it never held a record.
+                if bytes.len() > HEADER {
+                    recovered.damaged_bytes += bytes.len() as u64;
+                }
+                remove(&name);
+            }
+        }
+    }
+
+    let known_runs = found.iter().map(|found| found.run).chain(run_file.map(|file| file.run));
+    let last_run = known_runs.max().unwrap_or(0);
+    recovered.run = last_run.saturating_add(1);
+    let stopped = run_file.and_then(|file| file.stopped);
+    recovered.previous_run_died = last_run > 0 && stopped.is_none();
+
+    repair(files, &mut found, &mut recovered);
+    for empty in found.extract_if(.., |found| found.segment.span == 0) {
+        remove(&empty.segment.name());
+    }
+
+    let newest = found.iter().rev().find_map(|found| found.newest.as_ref());
+    recovered.last_wall_ns = newest.map(|record| record.wall_ns);
+    recovered.last_boot_ns = newest.map(|record| record.boot_ns);
+
+    let segments: VecDeque<Segment> = found.into_iter().map(|found| found.segment).collect();
+    let is_whole = recovered.damaged_bytes == 0
+        && recovered.newer_segments == 0
+        && segments.iter().all(|segment| !segment.is_held);
+    let position = if is_whole { run_file.and_then(|_| go_on_at(stopped, &segments)) } else { None };
+    recovered.new_epoch = position.is_none();
+    Ok(Survey { recovered, segments, next_number, position, leftovers })
 }
 
 /// Where an epoch surely ended, so that this run may go on in it.
@@ -222,39 +282,16 @@ fn go_on_at(stopped: Option<(u64, u64)>, segments: &VecDeque<Segment>) -> Option
     }
 }
 
-fn examine(header: Header, mut bytes: Vec<u8>) -> Found {
-    let mut all = frames(&bytes[HEADER..], header.first_seq);
-    let (mut records, mut first, mut last) = (0, None, None);
-    for record in &mut all {
-        records += 1;
-        first = first.or(Some(record));
-        last = Some(record);
-    }
-    let rest = all.rest();
-    let decode = |bytes: Option<&[u8]>| bytes.and_then(|bytes| Record::from_bytes(bytes).ok());
-    let (first, newest) = (decode(first), decode(last));
-    let walls = first.as_ref().zip(newest.as_ref()).map(|(first, last)| (first.wall_ns, last.wall_ns));
-    bytes.truncate(bytes.len() - rest);
-    let segment = Segment {
-        number: header.number,
-        epoch: header.epoch,
-        first_seq: header.first_seq,
-        records,
-        bytes: bytes.len() as u64,
-        acked_next: header.first_seq,
-        walls,
-    };
-    Found { segment, run: header.run, whole: Some(bytes), rest: rest as u64, newest }
+fn examine(header: &Header, mut bytes: Vec<u8>) -> Found {
+    let (segment, newest) = Segment::examine(header, &bytes[HEADER..]);
+    let rest = bytes.len() as u64 - segment.bytes;
+    bytes.truncate(segment.bytes as usize);
+    Found { segment, run: header.run, whole: Some(bytes), rest, newest }
 }
 
-/// Cuts torn ends off, removes empty segments, and writes the newest segment anew after a run that died: after
-/// a failed fsync the page cache may show what the disk does not have.
-fn repair<F: Files>(
-    files: &F,
-    found: &mut Vec<Found>,
-    recovered: &mut Recovered,
-) -> Result<(), (String, io::Error)> {
-    let failed = |segment: &Segment, source| (segment.name(), source);
+/// Cuts torn ends off, and writes the newest segment anew after a run that died: after a failed fsync the page cache may
+/// show what the disk does not have. A segment that cannot be written is held back until it can.
+fn repair<F: Files>(files: &F, found: &mut [Found], recovered: &mut Recovered) {
     for index in 0..found.len() {
         let Some((this, later)) = found[index..].split_first_mut() else { break };
         if this.rest > 0 {
@@ -263,23 +300,20 @@ fn repair<F: Files>(
             let goes_on = later.iter().any(|later| {
                 later.segment.epoch == this.segment.epoch
                     && (later.segment.first_seq..=later.segment.end()).contains(&end)
-                    && later.segment.records > 0
+                    && later.segment.span > 0
             });
             if !goes_on {
                 recovered.damaged_bytes += this.rest;
             }
         }
-        let is_newest = later.iter().all(|later| later.segment.records == 0);
+        let is_newest = later.iter().all(|later| later.segment.span == 0);
         let must_rewrite = this.rest > 0 || (is_newest && recovered.previous_run_died);
-        if let Some(whole) = this.whole.take_if(|_| must_rewrite && this.segment.records > 0) {
-            replace(files, &this.segment.name(), &whole).map_err(|source| failed(&this.segment, source))?;
+        if let Some(whole) = this.whole.take().filter(|_| must_rewrite && this.segment.span > 0) {
+            let name = this.segment.name();
+            let repaired = replace(files, &name, &whole).and_then(|()| files.sync_directory());
+            this.segment.is_held = repaired.is_err();
         }
-        this.whole = None;
     }
-    for empty in found.extract_if(.., |found| found.segment.records == 0) {
-        files.remove(&empty.segment.name()).map_err(|source| failed(&empty.segment, source))?;
-    }
-    Ok(())
 }
 
 fn read_all<F: Files>(files: &F, name: &str) -> io::Result<Vec<u8>> {

@@ -56,6 +56,8 @@ struct State {
     /// Calls until one fails; `None`: none fails.
     fails_in: Option<u64>,
     read_only: bool,
+    /// There is no directory.
+    is_missing: bool,
     /// Bytes that still fit; `None`: any number.
     space: Option<usize>,
 }
@@ -94,7 +96,8 @@ impl Memory {
         let left = names.into_iter().map(|(name, node)| {
             let content = node.content();
             let mut bytes = content.synced.clone();
-            if let Some(unsynced) = content.seen.get(bytes.len()..).filter(|_| rng.bool()) {
+            let unsynced = content.seen.get(bytes.len()..).unwrap_or_default();
+            if !unsynced.is_empty() && rng.bool() {
                 bytes.extend_from_slice(&unsynced[..rng.usize(..=unsynced.len())]);
                 if rng.u8(..3) == 0 {
                     // Length without data, as journals of metadata leave it.
@@ -105,6 +108,26 @@ impl Memory {
         });
         let names: BTreeMap<String, Node> = left.collect();
         Self(Arc::new(Mutex::new(State { names: names.clone(), synced_names: names, ..State::default() })))
+    }
+
+    /// Somebody removes a file; false: there is none of this name.
+    pub fn remove_file(&self, name: &str) -> bool {
+        let mut state = self.state();
+        state.synced_names.remove(name);
+        state.names.remove(name).is_some()
+    }
+
+    /// Somebody removes the directory with all its files.
+    pub fn remove_directory(&self) {
+        let mut state = self.state();
+        state.names.clear();
+        state.synced_names.clear();
+        state.is_missing = true;
+    }
+
+    /// While it is set, the directory is somewhere else, with all its files, and there is none of its name.
+    pub fn set_missing(&self, missing: bool) {
+        self.state().is_missing = missing;
     }
 
     /// The directory as it is now, in another one: an image to be set back to.
@@ -132,6 +155,11 @@ impl Memory {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn directory(&self) -> io::Result<MutexGuard<'_, State>> {
+        let state = self.state();
+        if state.is_missing { Err(io::ErrorKind::NotFound.into()) } else { Ok(state) }
     }
 
     /// For each call that changes something.
@@ -166,12 +194,20 @@ impl State {
 impl Files for Memory {
     type File = Node;
 
+    fn make_directory(&self) -> io::Result<()> {
+        if self.directory().is_err() {
+            self.fault()?.is_missing = false;
+        }
+        Ok(())
+    }
+
     fn list(&self) -> io::Result<Vec<String>> {
-        Ok(self.names())
+        Ok(self.directory()?.names.keys().cloned().collect())
     }
 
     fn create(&self, name: &str) -> io::Result<Node> {
-        let mut state = self.fault()?;
+        drop(self.fault()?);
+        let mut state = self.directory()?;
         if state.names.contains_key(name) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -204,7 +240,7 @@ impl Files for Memory {
         content.seen[start..end].copy_from_slice(&bytes[..length]);
         let dirty = &mut content.dirty;
         *dirty =
-            if dirty.start >= dirty.end { start..end } else { dirty.start.min(start)..dirty.end.max(end) };
+            if dirty.start == dirty.end { start..end } else { dirty.start.min(start)..dirty.end.max(end) };
         Ok(length)
     }
 
@@ -231,9 +267,14 @@ impl Files for Memory {
     }
 
     fn sync_directory(&self) -> io::Result<()> {
-        let mut state = self.fault()?;
+        drop(self.fault()?);
+        let mut state = self.directory()?;
         state.synced_names = state.names.clone();
         Ok(())
+    }
+
+    fn is_there(&self, file: &Node, name: &str) -> io::Result<bool> {
+        Ok(self.state().names.get(name).is_some_and(|there| Arc::ptr_eq(&there.0, &file.0)))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use netmon_common::wire::{
-    self, About, BatchBuilder, FRAME_HEADER, FrameHeader, HEARTBEAT_NS, Hello, Item, MAX_BATCH_RECORDS,
-    MAX_FRAME, ToAgent, ToServer,
+    self, About, BatchBuilder, FRAME_HEADER, FrameHeader, HEARTBEAT_NS, Hello, MAX_BATCH_RECORDS, MAX_FRAME,
+    ToAgent, ToServer,
 };
 use quinn::{RecvStream, SendStream};
 use tokio::sync::{mpsc, watch};
@@ -129,7 +129,7 @@ impl Conversation<'_> {
             // It was cut or gave way in this moment.
             return Ok(());
         };
-        let mut items = chunk.records.into_iter().map(Item::Record).peekable();
+        let mut items = chunk.items.into_iter().peekable();
         // What the version before has no word for is told by a hello.
         let hole = items.next_if(|item| item.is_hole() && session.version() == 1);
         let first_seq = chunk.first_seq + hole.map_or(0, |hole| hole.span());
@@ -151,9 +151,8 @@ impl Conversation<'_> {
         let spool = &self.sources.spool;
         let effect = match effect {
             Effect::Compare { epoch, seq } => {
-                let chunk = spool.read(epoch, seq, 1, 0).await?.filter(|chunk| chunk.first_seq == seq);
-                let found = chunk.and_then(|chunk| Some(wire::fingerprint(chunk.records.first()?)));
-                session.compared(found)
+                let record = spool.record(epoch, seq).await?;
+                session.compared(record.map(|record| wire::fingerprint(&record)))
             }
             effect => effect,
         };
