@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use netmon_agent::clock::Now;
 use netmon_agent::identity::{EnrollError, Identity, enroll};
 use netmon_agent::spool::{Limits, Spool, SpoolHandle};
+use netmon_agent::trust::Trust;
 use netmon_agent::uplink::{self, Introduction, Sources, UplinkState, UplinkStatus};
 use netmon_common::enroll::{self as enrolment, Granted, Reply, Request, Token};
 use netmon_common::model::{Event, Filter, Record};
@@ -20,7 +22,7 @@ use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, RecvStream};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer,
-    ExtendedKeyUsagePurpose, IsCa, KeyPair, PublicKeyData,
+    ExtendedKeyUsagePurpose, IsCa, KeyPair, PublicKeyData, date_time_ymd,
 };
 use rustls::RootCertStore;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -52,8 +54,20 @@ impl Ca {
     }
 
     fn server_tls(&self, asks_for_certificates: bool, alpn: &[u8]) -> quinn::ServerConfig {
+        self.server_tls_in(1990..2090, asks_for_certificates, alpn)
+    }
+
+    /// With a certificate that is valid in these years.
+    fn server_tls_in(
+        &self,
+        years: Range<i32>,
+        asks_for_certificates: bool,
+        alpn: &[u8],
+    ) -> quinn::ServerConfig {
         let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new([wire::SERVER_NAME.to_owned()]).unwrap();
+        let mut params = CertificateParams::new([wire::SERVER_NAME.to_owned()]).unwrap();
+        params.not_before = date_time_ymd(years.start, 1, 1);
+        params.not_after = date_time_ymd(years.end, 1, 1);
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -272,15 +286,19 @@ struct Server {
     arrived: Arc<watch::Sender<usize>>,
     /// Batches until a connection is killed, before the ack; 0: never.
     kill_after: usize,
+    /// In which its certificate is valid.
+    years: Range<i32>,
 }
 
 impl Server {
     fn new(ca: Arc<Ca>) -> Self {
-        Self { ca, store: Arc::default(), arrived: Arc::new(watch::Sender::new(0)), kill_after: 0 }
+        let arrived = Arc::new(watch::Sender::new(0));
+        Self { ca, store: Arc::default(), arrived, kill_after: 0, years: 1990..2090 }
     }
 
     fn start(&self, port: u16) -> Endpoint {
-        let endpoint = Endpoint::server(self.ca.server_tls(true, wire::ALPN_1), loopback(port)).unwrap();
+        let tls = self.ca.server_tls_in(self.years.clone(), true, wire::ALPN_1);
+        let endpoint = Endpoint::server(tls, loopback(port)).unwrap();
         let listener = endpoint.clone();
         let (store, arrived, kill_after) =
             (Arc::clone(&self.store), Arc::clone(&self.arrived), self.kill_after);
@@ -659,4 +677,28 @@ async fn a_damaged_identity_is_said_and_taken_once_it_is_repaired() {
     server.has(10).await;
     agent.acked_all().await;
     agent.stop().await;
+}
+
+/// As if this PC's clock had been set back, or ahead, by years.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_is_judged_by_the_time_that_it_told_last_when_the_pcs_clock_is_wrong() {
+    const NS_PER_YEAR: i64 = 31_557_600_000_000_000;
+    for years in [2040..2050, 2000..2010] {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server { years: years.clone(), ..Server::new(Arc::new(Ca::new())) };
+        let endpoint = server.start(0);
+        let port = endpoint.local_addr().unwrap().port();
+        let directory = identity(&server.ca, port, dir.path()).await;
+        let agent = Agent::start(directory.clone(), spool(dir.path()));
+        agent.record(1..=10);
+        agent.says("cannot connect to").await;
+        assert!(server.names().is_empty());
+
+        let mut trust = Trust::default();
+        trust.hear(i64::from(years.start + 5 - 1970) * NS_PER_YEAR, None);
+        trust.store(&directory, &[7; 16]).unwrap();
+        server.has(10).await;
+        agent.acked_all().await;
+        agent.stop().await;
+    }
 }
