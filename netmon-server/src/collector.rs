@@ -341,8 +341,16 @@ impl Collector {
             self.has_connected(&agent, None);
         }
         let conversation = Conversation::new(&agent, number, version);
-        let mut talk =
-            Talk { collector: &self, agent: &agent, conversation, number, address, expires_ns, said: 0 };
+        let mut talk = Talk {
+            collector: &self,
+            agent: &agent,
+            conversation,
+            number,
+            address,
+            expires_ns,
+            said: 0,
+            pause: Duration::ZERO,
+        };
         let (end, stream) = talk.run(&connection, stop).await;
         let seat = &agent.seat;
         match &end {
@@ -533,6 +541,8 @@ struct Talk<'a> {
     expires_ns: i64,
     /// Size of the newest checkpoint that it was given on this connection.
     said: u64,
+    /// Before its next frame is read.
+    pause: Duration,
 }
 
 /// An answer that may have to wait for a commit. Answers go out in the order of what they answer.
@@ -593,7 +603,7 @@ impl Talk<'_> {
                 Ok(None) => return End::Finished,
                 Err(error) => return error.into(),
             };
-            let answer = match self.take(message, &mut stop).await {
+            let answer = match self.take(message).await {
                 Ok(answer) => answer,
                 Err(end) => return end,
             };
@@ -601,16 +611,25 @@ impl Talk<'_> {
             if answers.send(answer).await.is_err() {
                 return End::Lost;
             }
+            // More than its share: the next frame waits, and QUIC holds the agent back.
+            let pause = std::mem::take(&mut self.pause);
+            if !pause.is_zero() {
+                tokio::select! {
+                    () = stopping(&mut stop) => return End::Stopping,
+                    () = sleep(pause) => {}
+                }
+            }
         }
     }
 
-    async fn take(&mut self, message: ToServer, stop: &mut watch::Receiver<bool>) -> Result<Answer, End> {
+    async fn take(&mut self, message: ToServer) -> Result<Answer, End> {
         let permit = match &message {
             ToServer::Batch(_) => self.collector.unpacked.clone().acquire_owned().await.ok(),
             _ => None,
         };
         match self.conversation.receive(message)? {
             Action::Heartbeat(heartbeat) => {
+                self.charge(1);
                 let server_ns = self.collector.heartbeat(self.agent.id, heartbeat);
                 Ok(Answer::Now(ToAgent::Heard { server_ns, checkpoint: self.new_checkpoint() }))
             }
@@ -619,17 +638,7 @@ impl Talk<'_> {
                 if let Some(about) = work.about() {
                     self.introduce(about)?;
                 }
-                let wait = {
-                    let mut agents = lock(&self.collector.agents);
-                    let known = agents.entry(self.agent.id).or_default();
-                    known.bucket.take(work.cost(), Now::read().boot_ns)
-                };
-                if !wait.is_zero() {
-                    tokio::select! {
-                        () = stopping(stop) => return Err(End::Stopping),
-                        () = sleep(wait) => {}
-                    }
-                }
+                self.charge(work.cost());
                 Ok(Answer::Later(self.store(work).await?, permit))
             }
         }
@@ -641,6 +650,13 @@ impl Talk<'_> {
     ) -> Result<oneshot::Receiver<Result<Option<ToAgent>, Stop>>, Unavailable> {
         let now_ns = clock::wall_ns();
         self.collector.writer.begin(Some(self.agent.id), move |conn| work.apply(conn, now_ns)).await
+    }
+
+    /// Takes this much of the agent's share.
+    fn charge(&mut self, cost: u64) {
+        let mut agents = lock(&self.collector.agents);
+        let known = agents.entry(self.agent.id).or_default();
+        self.pause = known.bucket.take(cost, Now::read().boot_ns);
     }
 
     fn introduce(&self, about: &wire::About) -> Result<(), End> {
