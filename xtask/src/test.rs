@@ -119,15 +119,17 @@ fn require_tcx() -> Result<()> {
     Ok(())
 }
 
-/// The server on a disk that becomes full: needs a small file system of its own.
+/// The server and the agent's spool on disks that become full: each needs a small file system of its own.
 fn full_disk() -> Result<()> {
-    let disk = tempfile::tempdir()?;
-    let script = "mount -t tmpfs -o size=2m small \"$NETMON_TEST_SMALL_DISK\" && exec \"$@\"";
-    let test =
-        ["cargo", "test", "--locked", "--package", "netmon-server", "--test", "server", "--", "--ignored"];
-    let mut command = Command::new("unshare");
-    command.current_dir(sh::workspace()).env("NETMON_TEST_SMALL_DISK", disk.path());
-    sh::run(command.args(["--mount", "sh", "-c", script, "sh"]).args(test))
+    for (package, test) in [("netmon-server", "server"), ("netmon-agent", "small_disk")] {
+        let disk = tempfile::tempdir()?;
+        let script = "mount -t tmpfs -o size=2m small \"$NETMON_TEST_SMALL_DISK\" && exec \"$@\"";
+        let mut command = Command::new("unshare");
+        command.current_dir(sh::workspace()).env("NETMON_TEST_SMALL_DISK", disk.path());
+        command.args(["--mount", "sh", "-c", script, "sh", "cargo", "test", "--locked"]);
+        sh::run(command.args(["--package", package, "--test", test, "--", "--ignored"]))?;
+    }
+    Ok(())
 }
 
 fn lint() -> Result<()> {

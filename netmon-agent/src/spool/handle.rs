@@ -145,13 +145,13 @@ impl SpoolHandle {
     /// # Errors
     /// As there.
     pub async fn begin_epoch(&self) -> Result<(), SpoolError> {
-        /// After so many segments and remainders, recording has to wait for the rest: it comes faster than it can be
-        /// renumbered.
-        const STEPS: usize = 1000;
         self.in_background(|handle| {
             let _one_at_a_time = handle.syncing();
             handle.spool().begin_renewal()?;
-            for _ in 0..STEPS {
+            // Enough for all segments, and for what comes meanwhile in moments without a record. Where there is none,
+            // recording has to wait for the rest.
+            let steps = 16 + 2 * handle.spool().segments.len();
+            for _ in 0..steps {
                 handle.sync_records()?;
                 let ticket = handle.spool().begin_renumbering();
                 match ticket {

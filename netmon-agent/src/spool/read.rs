@@ -202,7 +202,7 @@ impl<F: Files> Spool<F> {
     /// Synced records of `epoch` from `seq` on, or from the next number that is still there: compare
     /// [`Chunk::first_seq`]. At most `max_items` and some `max_bytes`, at least one item; `None`: there is none.
     ///
-    /// Damage is cut out, counted, and leads to a [`Gap`].
+    /// Damage is cut out, counted, and leads to a [`Gap`](netmon_common::model::Gap).
     ///
     /// # Errors
     /// [`SpoolError::Open`]: worth another try.

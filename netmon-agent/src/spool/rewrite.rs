@@ -271,7 +271,7 @@ impl<F: Files> Spool<F> {
     /// there is none. To be called now and then, until it says false.
     ///
     /// Age is what the agent saw pass: by the boot clock while it ran, and at most three days for each time in which it
-    /// did not ([`Stamp::until`]). So a wall clock that jumps, back or forth, makes no record old.
+    /// did not. So a wall clock that jumps, back or forth, makes no record old.
     pub fn expire(&mut self, boot_ns: u64, wall_ns: i64) -> bool {
         let Some(max_age) = self.limits.max_age else { return false };
         let max_age_ns = u64::try_from(max_age.as_nanos()).unwrap_or(u64::MAX);
