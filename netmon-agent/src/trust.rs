@@ -42,8 +42,11 @@ impl Trust {
     /// Takes in what the server said; true when that is worth to be kept.
     pub fn hear(&mut self, server_ns: i64, checkpoint: Option<Checkpoint>) -> bool {
         self.server_ns = Some(server_ns);
-        let is_new = checkpoint.is_some();
-        self.checkpoint = checkpoint.or(self.checkpoint.take());
+        // An older one must not take the place of a newer: it is what a store that was set back would give.
+        let kept = self.checkpoint.as_ref().map(|kept| kept.signed_ns);
+        let newer = checkpoint.filter(|new| kept.is_none_or(|kept| new.signed_ns > kept));
+        let is_new = newer.is_some();
+        self.checkpoint = newer.or(self.checkpoint.take());
         is_new || self.kept_ns.is_none_or(|kept| kept.abs_diff(server_ns) >= KEEP_EVERY_NS)
     }
 
@@ -146,5 +149,15 @@ mod tests {
         assert!(trust.hear(1, Some(checkpoint(3))));
         assert!(trust.hear(KEEP_EVERY_NS as i64, None));
         assert_eq!(trust.checkpoint, Some(checkpoint(3)));
+    }
+
+    #[test]
+    fn a_witness_is_not_replaced_by_an_older_one() {
+        let mut trust = Trust::default();
+        trust.hear(0, Some(checkpoint(3)));
+        trust.hear(0, Some(Checkpoint { signed_ns: 4, ..checkpoint(9) }));
+        assert_eq!(trust.checkpoint, Some(checkpoint(3)));
+        trust.hear(0, Some(Checkpoint { signed_ns: 6, ..checkpoint(2) }));
+        assert_eq!(trust.checkpoint.unwrap().size, 2);
     }
 }

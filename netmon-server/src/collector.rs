@@ -49,6 +49,8 @@ const HELLO_TIME: Duration = Duration::from_secs(5);
 const LAST_WORD_TIME: Duration = Duration::from_secs(1);
 /// For connections to end when the server stops.
 const STOP_TIME: Duration = Duration::from_secs(5);
+/// For an answer to be taken by an agent.
+const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Batches of all agents together that are unpacked and wait for the store: 64 MiB at most.
 const UNPACKED_BATCHES: usize = 64;
 /// Who is missing is looked at this often.
@@ -186,6 +188,7 @@ impl Collector {
     ) {
         let gate = Gate::new("events", MAX_HANDSHAKES_PER_ADDRESS, MAX_HANDSHAKES);
         let (ended, end) = watch::channel(false);
+        let noting = tokio::spawn(self.clone().note(end.clone()));
         let keeping = tokio::spawn(self.clone().keep(end, allow_list_changed));
         let mut tasks = JoinSet::new();
         loop {
@@ -207,8 +210,25 @@ impl Collector {
             tracing::warn!(connections = tasks.len(), "connections did not end in time");
         }
         ended.send_replace(true);
-        if keeping.await.is_err() {
+        if noting.await.is_err() || keeping.await.is_err() {
             tracing::error!("who was heard and what is signed could not be saved");
+        }
+        // Behind the last notices, so that they are covered.
+        self.sign().await;
+    }
+
+    /// Adds what is noticed to the histories.
+    async fn note(self: Arc<Self>, mut end: watch::Receiver<bool>) {
+        loop {
+            tokio::select! {
+                () = stopping(&mut end) => break,
+                () = self.noticed.notified() => self.write_notices().await,
+            }
+        }
+        self.write_notices().await;
+        let lost = lock(&self.notices).len();
+        if lost > 0 {
+            tracing::error!(lost, "the store takes nothing: what was noticed is not in the histories");
         }
     }
 
@@ -221,7 +241,6 @@ impl Collector {
             tokio::select! {
                 () = stopping(&mut end) => break,
                 () = allow_list_changed.notified() => self.close_revoked().await,
-                () = self.noticed.notified() => self.write_notices().await,
                 _ = ticks.tick() => {
                     tick += 1;
                     self.look_for_missing();
@@ -234,9 +253,7 @@ impl Collector {
                 }
             }
         }
-        self.write_notices().await;
         self.save_presence().await;
-        self.sign().await;
     }
 
     fn look_for_missing(&self) {
@@ -258,25 +275,37 @@ impl Collector {
         if notices.len() < MAX_NOTICES {
             notices.push((agent, notice, now_ns));
             self.noticed.notify_one();
+        } else {
+            tracing::error!(agent = agent.0, ?notice, "the store takes nothing: this is in no history");
         }
     }
 
-    /// Adds what was noticed to the histories. What the store does not take waits for the next time.
+    /// Adds what was noticed so far, in one step. What the store does not take waits for the next time, in its order.
     async fn write_notices(&self) {
         let notices = std::mem::take(&mut *lock(&self.notices));
-        for (agent, notice, at_ns) in notices {
-            let seen = lock(&self.presence).get(agent).cloned();
-            let work = {
-                let notice = notice.clone();
-                move |conn: &rusqlite::Connection| {
-                    history::add_notice(conn, agent, &notice, at_ns)?;
-                    // `agents` shows it at once.
-                    seen.map_or(Ok(()), |seen| store::save_presence(conn, agent, &seen))
-                }
-            };
-            if self.writer.run(Some(agent), work).await.is_err() {
-                lock(&self.notices).push((agent, notice, at_ns));
+        if notices.is_empty() {
+            return;
+        }
+        let seen: Vec<_> = {
+            let presence = lock(&self.presence);
+            notices.iter().filter_map(|(agent, ..)| Some((*agent, presence.get(*agent)?.clone()))).collect()
+        };
+        let kept = notices.clone();
+        let work = move |conn: &rusqlite::Connection| {
+            for (agent, notice, at_ns) in &kept {
+                history::add_notice(conn, *agent, notice, *at_ns)?;
             }
+            // `agents` shows it at once.
+            seen.iter().try_for_each(|(agent, seen)| store::save_presence(conn, *agent, seen))
+        };
+        let agents: Vec<_> = notices.iter().map(|(agent, ..)| *agent).collect();
+        if self.writer.run(None, work).await.is_err() {
+            lock(&self.notices).splice(0..0, notices);
+            return;
+        }
+        // Their readable logs follow.
+        for agent in agents {
+            let _ = self.writer.begin(Some(agent), |_| Ok(())).await;
         }
     }
 
@@ -336,7 +365,9 @@ impl Collector {
             }
         };
         drop(place);
-        self.register(&agent, number, version, &connection);
+        if !self.register(&agent, number, version, &connection) {
+            return connection.close(code::REPLACED.into(), b"the same identity connected again");
+        }
         if version == 1 {
             self.has_connected(&agent, None);
         }
@@ -410,10 +441,17 @@ impl Collector {
         Ok((agent, version, expires_ns))
     }
 
-    /// The newest connection of an identity is the one that counts.
-    fn register(&self, agent: &Agent, number: u64, version: u16, connection: &Connection) {
+    /// The newest connection of an identity is the one that counts; false: this one is not.
+    fn register(&self, agent: &Agent, number: u64, version: u16, connection: &Connection) -> bool {
         let live = Live { number, version, connection: connection.clone() };
-        let Some(older) = lock(&self.live).insert(agent.id, live) else { return };
+        let older = {
+            let mut all = lock(&self.live);
+            if all.get(&agent.id).is_some_and(|other| other.number > number) {
+                return false;
+            }
+            all.insert(agent.id, live)
+        };
+        let Some(older) = older else { return true };
         tracing::info!(
             seat = agent.seat,
             older = %shown(older.connection.remote_address()),
@@ -421,6 +459,7 @@ impl Collector {
             "the same identity connected again: the older connection is closed"
         );
         older.connection.close(code::REPLACED.into(), b"the same identity connected again");
+        true
     }
 
     fn unregister(&self, id: AgentId, number: u64) {
@@ -482,9 +521,12 @@ impl Collector {
     }
 
     async fn close_revoked(&self) {
-        let Ok(revoked) = self.writer.run(None, store::revoked_connections).await else { return };
-        for (id, number) in revoked {
-            lock(&self.presence).forget(id);
+        let all = |conn: &rusqlite::Connection| {
+            Ok((store::revoked_agents(conn)?, store::revoked_connections(conn)?))
+        };
+        let Ok((revoked, connected)) = self.writer.run(None, all).await else { return };
+        revoked.into_iter().for_each(|id| lock(&self.presence).forget(id));
+        for (id, number) in connected {
             if let Some(live) = lock(&self.live).get(&id).filter(|live| live.number == number) {
                 live.connection.close(code::REFUSED.into(), b"this agent was revoked");
             }
@@ -548,7 +590,7 @@ struct Talk<'a> {
 /// An answer that may have to wait for a commit. Answers go out in the order of what they answer.
 enum Answer {
     Now(ToAgent),
-    Later(oneshot::Receiver<Result<Option<ToAgent>, Stop>>, Option<OwnedSemaphorePermit>),
+    Later(oneshot::Receiver<Result<Option<ToAgent>, Stop>>),
 }
 
 impl Talk<'_> {
@@ -558,7 +600,8 @@ impl Talk<'_> {
         connection: &Connection,
         stop: watch::Receiver<bool>,
     ) -> (End, Option<SendStream>) {
-        let late = |_| fault(format!("no hello within {} s", HELLO_TIME.as_secs()));
+        // Whoever is cut off in this moment has done nothing wrong.
+        let late = |_| refused(format!("no hello within {} s", HELLO_TIME.as_secs()));
         let accepted = timeout(HELLO_TIME, connection.accept_bi()).await.map_err(late);
         let accepted = accepted.and_then(|stream| stream.map_err(|_: ConnectionError| End::Lost));
         let (mut send, recv) = match accepted {
@@ -572,7 +615,7 @@ impl Talk<'_> {
             tokio::select! {
                 // What is on its way to the store is still answered.
                 end = &mut reading => match timeout(STOP_TIME, writing).await {
-                    Ok(End::Finished) | Err(_) => end,
+                    Ok(End::Finished | End::Lost) | Err(_) => end,
                     Ok(worse) => worse,
                 },
                 end = &mut writing => end,
@@ -593,7 +636,7 @@ impl Talk<'_> {
                 biased;
                 () = stopping(&mut stop) => return End::Stopping,
                 () = sleep(HELLO_TIME), if is_first => {
-                    return fault(format!("no hello within {} s", HELLO_TIME.as_secs()));
+                    return refused(format!("no hello within {} s", HELLO_TIME.as_secs()));
                 }
                 message = frames::read(&mut recv, MAX_FRAME) => message,
             };
@@ -634,12 +677,12 @@ impl Talk<'_> {
                 Ok(Answer::Now(ToAgent::Heard { server_ns, checkpoint: self.new_checkpoint() }))
             }
             Action::Renew(csr_der) => Ok(Answer::Now(self.renew(&csr_der).await?)),
-            Action::Store(work) => {
-                if let Some(about) = work.about() {
-                    self.introduce(about)?;
+            Action::Store(mut work) => {
+                if let Some(about) = work.about_mut() {
+                    self.introduce(about);
                 }
                 self.charge(work.cost());
-                Ok(Answer::Later(self.store(work).await?, permit))
+                Ok(Answer::Later(self.store(work, permit).await?))
             }
         }
     }
@@ -647,9 +690,15 @@ impl Talk<'_> {
     async fn store(
         &self,
         work: Work,
+        permit: Option<OwnedSemaphorePermit>,
     ) -> Result<oneshot::Receiver<Result<Option<ToAgent>, Stop>>, Unavailable> {
         let now_ns = clock::wall_ns();
-        self.collector.writer.begin(Some(self.agent.id), move |conn| work.apply(conn, now_ns)).await
+        let apply = move |conn: &rusqlite::Connection| {
+            // Free when the work is done, whether or not the agent takes the answer.
+            let _permit = permit;
+            work.apply(conn, now_ns)
+        };
+        self.collector.writer.begin(Some(self.agent.id), apply).await
     }
 
     /// Takes this much of the agent's share.
@@ -659,20 +708,20 @@ impl Talk<'_> {
         self.pause = known.bucket.take(cost, Now::read().boot_ns);
     }
 
-    fn introduce(&self, about: &wire::About) -> Result<(), End> {
+    fn introduce(&self, about: &mut wire::About) {
         let collector = self.collector;
-        if let Some(witness) = &about.witness
-            && !chain::is_signed(witness, &self.agent.uuid, collector.log_key.public_key())
-        {
-            return Err(fault("a checkpoint that this server did not sign"));
+        let key = collector.log_key.public_key();
+        let is_strange = |witness: &mut Checkpoint| !chain::is_signed(witness, &self.agent.uuid, key);
+        if let Some(witness) = about.witness.take_if(is_strange) {
+            let notice = Notice::StrangeWitness { signed_ns: witness.signed_ns };
+            collector.notice(self.agent.id, notice, clock::wall_ns());
         }
         tracing::info!(
             seat = self.agent.seat, address = %self.address, run = about.run, connection = self.number,
             "agent connected"
         );
         collector.look_for_clones(self.agent, about, self.address);
-        collector.has_connected(self.agent, Some(about.into()));
-        Ok(())
+        collector.has_connected(self.agent, Some((&*about).into()));
     }
 
     fn new_checkpoint(&mut self) -> Option<Checkpoint> {
@@ -726,18 +775,21 @@ impl Talk<'_> {
 /// Sends answers in their order, each when it is there.
 async fn write_answers(send: &mut SendStream, mut pending: mpsc::Receiver<Answer>) -> End {
     while let Some(answer) = pending.recv().await {
-        let (answer, _permit) = match answer {
-            Answer::Now(answer) => (Some(answer), None),
-            Answer::Later(later, permit) => match later.await {
-                Ok(Ok(answer)) => (answer, permit),
+        let answer = match answer {
+            Answer::Now(answer) => Some(answer),
+            Answer::Later(later) => match later.await {
+                Ok(Ok(answer)) => answer,
                 Ok(Err(stop)) => return stop.into(),
                 Err(_) => return Unavailable.into(),
             },
         };
-        if let Some(answer) = answer
-            && let Err(error) = frames::write(send, &answer).await
-        {
-            return error.into();
+        if let Some(answer) = answer {
+            // A peer that takes no answers is gone.
+            match timeout(ANSWER_TIME, frames::write(send, &answer)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return error.into(),
+                Err(_) => return End::Lost,
+            }
         }
     }
     End::Finished

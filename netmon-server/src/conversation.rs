@@ -197,6 +197,10 @@ impl Work {
                 Ok(Ok(Some(ToAgent::Expect { next_seq, last })))
             }
             What::Batch { epoch, first_seq, items } => {
+                // Its hello may have been refused behind its back.
+                if !store::is_open(conn, id, *epoch)? {
+                    return Ok(Err(Stop::Fault(format!("a batch of epoch {epoch:x}, which was not opened"))));
+                }
                 Ok(match store::append(conn, id, *epoch, *first_seq, items, now_ns)? {
                     BatchOutcome::Stored { through, .. } => {
                         Ok(Some(ToAgent::Ack { epoch: *epoch, seq: through }))
@@ -224,8 +228,8 @@ impl Work {
     }
 
     /// The introduction, if it is one.
-    pub fn about(&self) -> Option<&About> {
-        match &self.what {
+    pub fn about_mut(&mut self) -> Option<&mut About> {
+        match &mut self.what {
             What::About(about) => Some(about),
             _ => None,
         }

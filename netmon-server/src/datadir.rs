@@ -142,8 +142,18 @@ impl DataDir {
         let pair = Ca::generate(now).map_err(ca_error)?;
         let certificate_path = self.0.join("ca.pem");
         let certificate = parse_pem(&certificate_path, &pair.certificate_pem)?;
-        let server =
-            Ca::load(&pair.key_pem, certificate).and_then(|ca| ca.issue_server(now)).map_err(ca_error)?;
+        let ca = Ca::load(&pair.key_pem, certificate).map_err(ca_error)?;
+        let server = ca.issue_server(now).map_err(ca_error)?;
+        // Of a run that was cut off: its CA is not this one.
+        for path in <[PathBuf; 2]>::from(self.log_key_paths()) {
+            match std::fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(DataDirError::Write { path, hint: hint(&source), source });
+                }
+                _ => {}
+            }
+        }
+        self.make_log_key(&ca, now)?;
         Store::create(&self.store())?;
         make_dir(&self.logs())?;
         make_dir(&self.control())?;
@@ -190,27 +200,42 @@ impl DataDir {
         Ok((certificate, key))
     }
 
-    /// The key that signs the histories' checkpoints; made here when a server of an older version had none.
+    /// The key that signs the histories' checkpoints.
     ///
     /// # Errors
-    /// A file is damaged, or cannot be made.
-    pub fn log_key(&self, ca: &Ca, now: Duration) -> Result<LogKey, DataDirError> {
-        let certificate_path = self.0.join("log.pem");
-        let key_path = self.0.join("log-key.pem");
-        let is_there = certificate_path.try_exists().map_err(|source| DataDirError::Read {
-            path: certificate_path.clone(),
-            hint: hint(&source),
-            source,
-        })?;
-        if !is_there {
-            let pair =
-                ca.issue_log(now).map_err(|source| DataDirError::Ca { path: self.0.clone(), source })?;
-            write_file(&key_path, pair.key_pem.as_bytes(), 0o600)?;
-            write_file(&certificate_path, pair.certificate_pem.as_bytes(), 0o644)?;
-        }
+    /// A file is missing or damaged, or the two do not belong together.
+    pub fn log_key(&self) -> Result<LogKey, DataDirError> {
+        let (certificate_path, key_path) = self.log_key_paths();
         let certificate = parse_pem(&certificate_path, &read_text(&certificate_path)?)?;
         LogKey::load(&read_text(&key_path)?, certificate)
             .map_err(|source| DataDirError::LogKey { path: key_path, source })
+    }
+
+    /// [`DataDir::log_key`], made when there is none: for `init`, and for a server that holds the lock, which an older
+    /// version may have made without one. Where one of the two files is missing, nothing is made in its place.
+    ///
+    /// # Errors
+    /// As there, or a file cannot be made.
+    pub fn make_log_key(&self, ca: &Ca, now: Duration) -> Result<LogKey, DataDirError> {
+        let (certificate_path, key_path) = self.log_key_paths();
+        let is_there = |path: &Path| {
+            path.try_exists().map_err(|source| DataDirError::Read {
+                path: path.to_owned(),
+                hint: hint(&source),
+                source,
+            })
+        };
+        if !is_there(&certificate_path)? && !is_there(&key_path)? {
+            let pair =
+                ca.issue_log(now).map_err(|source| DataDirError::Ca { path: self.0.clone(), source })?;
+            write_file(&certificate_path, pair.certificate_pem.as_bytes(), 0o644)?;
+            write_file(&key_path, pair.key_pem.as_bytes(), 0o600)?;
+        }
+        self.log_key()
+    }
+
+    fn log_key_paths(&self) -> (PathBuf, PathBuf) {
+        (self.0.join("log.pem"), self.0.join("log-key.pem"))
     }
 
     /// Takes the directory for this process: the directory itself, which no cleaning up takes away. To be called once

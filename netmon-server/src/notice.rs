@@ -53,6 +53,11 @@ pub enum Notice {
     },
     /// The agent may not deliver any more.
     Revoked,
+    /// The agent holds a checkpoint that the key of this server's log did not sign.
+    StrangeWitness {
+        /// When it was signed, as it says.
+        signed_ns: i64,
+    },
 }
 
 /// Why a PC was not heard, most likely.
@@ -141,6 +146,10 @@ impl Notice {
             Self::Renewed { not_after_ns } => {
                 format!("certificate renewed, valid until {}", time(*not_after_ns, zone))
             }
+            Self::StrangeWitness { signed_ns } => format!(
+                "the agent holds a signature of {} that is not this server's: the log's key was replaced, or the agent's file is damaged",
+                time(*signed_ns, zone)
+            ),
             Self::Revoked => "REVOKED: this PC may not deliver any more".to_owned(),
         }
     }

@@ -17,6 +17,9 @@ pub const MISSING_AFTER_NS: u64 = 11_000_000_000;
 /// A PC's clock that moves by more than this against the server's is noticed.
 pub const OFFSET_NS: u64 = 2_000_000_000;
 
+/// And that once in this time.
+const OFFSET_AGAIN_NS: u64 = 60_000_000_000;
+
 /// One life of an agent: a process on a PC that was started once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Life {
@@ -39,6 +42,10 @@ pub struct Seen {
     pub missing_ns: Option<i64>,
     /// Its clock minus the server's, as last noticed.
     pub offset_ns: i64,
+    /// Another one, seen once: a heartbeat may have been late.
+    other_offset_ns: Option<i64>,
+    /// When an offset was noticed last, boot clock.
+    offset_at_ns: Option<u64>,
     /// Its newest heartbeat.
     pub heartbeat: Option<Heartbeat>,
     /// Since when the silence counts, boot clock: when it was heard, or when the server began to listen.
@@ -51,25 +58,36 @@ pub struct Seen {
 #[derive(Debug)]
 pub struct Presence {
     started: Now,
+    /// Until when the server ran before that, wall clock.
+    ran_until_ns: Option<i64>,
     agents: BTreeMap<AgentId, Seen>,
 }
 
 impl Presence {
-    /// A server that begins to listen `now`, with what it knew when it ran last.
-    pub fn new(now: Now, known: impl IntoIterator<Item = (AgentId, Seen)>) -> Self {
+    /// A server that begins to listen `now`, with what it knew when it ran last, until `ran_until_ns` (wall clock).
+    pub fn new(
+        now: Now,
+        ran_until_ns: Option<i64>,
+        known: impl IntoIterator<Item = (AgentId, Seen)>,
+    ) -> Self {
         let agents = known.into_iter().map(|(id, seen)| (id, Seen { silent_since: now.boot_ns, ..seen }));
-        Self { started: now, agents: agents.collect() }
+        Self { started: now, ran_until_ns, agents: agents.collect() }
     }
 
     /// An agent has connected. What that means for its history.
     pub fn connected(&mut self, agent: AgentId, life: Option<Life>, now: &Now) -> Option<Notice> {
-        let started_wall_ns = self.started.wall_ns;
+        let (started, ran_until_ns) = (self.started, self.ran_until_ns);
         let seen = self.agents.entry(agent).or_default();
-        let back =
-            seen.heard_ns.filter(|_| seen.missing_ns.is_some() || seen.was_silent(now)).map(|since_ns| {
-                let reason = reason(seen.life, life, since_ns < started_wall_ns);
-                Notice::Back { since_ns, reason }
-            });
+        // Over a restart of the server there is only the wall clock.
+        let is_first = seen.silent_since == started.boot_ns;
+        let limit = MISSING_AFTER_NS as i64;
+        let was_away = |since_ns: i64| is_first && now.wall_ns.saturating_sub(since_ns) >= limit;
+        let was_silent = seen.missing_ns.is_some() || seen.was_silent(now);
+        let back = seen.heard_ns.filter(|since_ns| was_silent || was_away(*since_ns)).map(|since_ns| {
+            // It was heard to the end of the server's run before this one.
+            let to_the_end = ran_until_ns.is_some_and(|end| since_ns.saturating_add(limit) >= end);
+            Notice::Back { since_ns, reason: reason(seen.life, life, is_first && to_the_end) }
+        });
         seen.life = life;
         seen.hear(now);
         back
@@ -77,16 +95,26 @@ impl Presence {
 
     /// An agent says that it watches.
     pub fn heartbeat(&mut self, agent: AgentId, heartbeat: Heartbeat, now: &Now) -> Vec<Notice> {
-        let seen = self.agents.entry(agent).or_default();
+        // One that is forgotten was revoked.
+        let Some(seen) = self.agents.get_mut(&agent) else { return Vec::new() };
         let mut notices = Vec::new();
-        if let (Some(_), Some(since_ns)) = (seen.missing_ns, seen.heard_ns) {
+        if let Some(since_ns) = seen.heard_ns.filter(|_| seen.missing_ns.is_some() || seen.was_silent(now)) {
             // On a connection that stood all the time.
+            if seen.missing_ns.is_none() {
+                notices.push(Notice::Missing { since_ns });
+            }
             notices.push(Notice::Back { since_ns, reason: Reason::HeldUp });
         }
         let offset_ns = heartbeat.wall_ns.saturating_sub(now.wall_ns);
-        if offset_ns.abs_diff(seen.offset_ns) > OFFSET_NS {
-            seen.offset_ns = offset_ns;
+        let is_near = |other: i64| offset_ns.abs_diff(other) <= OFFSET_NS;
+        if is_near(seen.offset_ns) {
+            seen.other_offset_ns = None;
+        } else if seen.other_offset_ns.is_some_and(is_near) && seen.may_notice_offset(now) {
+            (seen.offset_ns, seen.other_offset_ns) = (offset_ns, None);
+            seen.offset_at_ns = Some(now.boot_ns);
             notices.push(Notice::ClockOffset { offset_ns });
+        } else {
+            seen.other_offset_ns = Some(offset_ns);
         }
         seen.heartbeat = Some(heartbeat);
         seen.hear(now);
@@ -95,7 +123,9 @@ impl Presence {
 
     /// A sign of life from an agent that sends no heartbeats.
     pub fn heard(&mut self, agent: AgentId, now: &Now) {
-        self.agents.entry(agent).or_default().hear(now);
+        if let Some(seen) = self.agents.get_mut(&agent) {
+            seen.hear(now);
+        }
     }
 
     /// An agent that may not deliver any more is not waited for.
@@ -141,6 +171,11 @@ impl Seen {
         self.silent_since = now.boot_ns;
         self.missing_ns = None;
         self.changed = true;
+    }
+
+    /// A clock that does not rest must not fill the history.
+    fn may_notice_offset(&self, now: &Now) -> bool {
+        self.offset_at_ns.is_none_or(|at| now.boot_ns.saturating_sub(at) >= OFFSET_AGAIN_NS)
     }
 
     fn was_silent(&self, now: &Now) -> bool {
@@ -191,7 +226,7 @@ mod tests {
     }
 
     fn connected() -> Presence {
-        let mut presence = Presence::new(at(0), []);
+        let mut presence = Presence::new(at(0), None, []);
         assert_eq!(presence.connected(PC, Some(LIFE), &at(10)), None);
         presence
     }
@@ -237,31 +272,52 @@ mod tests {
 
     #[test]
     fn a_server_that_was_down_says_so_itself() {
-        let known = Seen { heard_ns: Some(wall(0)), life: Some(LIFE), ..Seen::default() };
-        let mut presence = Presence::new(at(100), [(PC, known)]);
+        let known = |heard| Seen { heard_ns: Some(wall(heard)), life: Some(LIFE), ..Seen::default() };
+        // Until second 50 it ran before.
+        let restarted = |heard| Presence::new(at(100), Some(wall(50)), [(PC, known(heard))]);
+        let mut presence = restarted(48);
         // It gets the time to come back.
         assert_eq!(presence.tick(&at(110)), []);
-        let mut late = Presence::new(at(100), [(PC, presence.get(PC).unwrap().clone())]);
-        assert_eq!(late.tick(&at(111)), [(PC, Notice::Missing { since_ns: wall(0) })]);
-        assert_eq!(late.connected(PC, Some(LIFE), &at(112)), back(0, Reason::ServerDown));
-        assert_eq!(presence.connected(PC, Some(LIFE), &at(103)), None, "three seconds are a restart");
+        assert_eq!(presence.connected(PC, Some(LIFE), &at(110)), back(48, Reason::ServerDown));
+        let mut late = restarted(48);
+        assert_eq!(late.tick(&at(111)), [(PC, Notice::Missing { since_ns: wall(48) })]);
+        assert_eq!(late.connected(PC, Some(LIFE), &at(112)), back(48, Reason::ServerDown));
+        // It was gone before the server was.
+        assert_eq!(restarted(10).connected(PC, Some(LIFE), &at(103)), back(10, Reason::NetworkGone));
+        let mut quick = Presence::new(at(51), Some(wall(50)), [(PC, known(49))]);
+        assert_eq!(quick.connected(PC, Some(LIFE), &at(52)), None, "three seconds are a restart");
     }
 
     #[test]
     fn a_watch_that_stands_still_behind_a_connection_is_missing_too() {
         let mut presence = connected();
         presence.tick(&at(40));
+        let held_up = Notice::Back { since_ns: wall(10), reason: Reason::HeldUp };
         let notices = presence.heartbeat(PC, beat(50), &at(50));
-        assert_eq!(notices, [Notice::Back { since_ns: wall(10), reason: Reason::HeldUp }]);
+        assert_eq!(notices, std::slice::from_ref(&held_up));
+        // Nobody looked meanwhile.
+        let missing = Notice::Missing { since_ns: wall(10) };
+        assert_eq!(connected().heartbeat(PC, beat(50), &at(50)), [missing, held_up]);
     }
 
     #[test]
-    fn a_clock_that_moves_is_noticed_once() {
+    fn a_clock_that_moves_is_noticed_once_and_a_late_heartbeat_is_none() {
         let mut presence = connected();
         assert_eq!(presence.heartbeat(PC, beat(12), &at(14)), []);
+        assert_eq!(presence.heartbeat(PC, beat(12), &at(18)), [], "late");
+        assert_eq!(presence.heartbeat(PC, beat(19), &at(19)), []);
         let offset = Notice::ClockOffset { offset_ns: -10_000_000_000 };
-        assert_eq!(presence.heartbeat(PC, beat(5), &at(15)), [offset]);
-        assert_eq!(presence.heartbeat(PC, beat(9), &at(19)), []);
+        assert_eq!(presence.heartbeat(PC, beat(10), &at(20)), []);
+        assert_eq!(presence.heartbeat(PC, beat(14), &at(24)), [offset]);
+        assert_eq!(presence.heartbeat(PC, beat(18), &at(28)), []);
+    }
+
+    #[test]
+    fn who_was_revoked_is_not_missing() {
+        let mut presence = connected();
+        presence.forget(PC);
+        assert_eq!(presence.heartbeat(PC, beat(14), &at(14)), []);
+        assert_eq!(presence.tick(&at(60)), []);
     }
 
     #[test]

@@ -49,9 +49,10 @@ pub fn run(
     let _lock = data.lock()?;
     let ca = Arc::new(data.ca()?);
     let now = Now::read();
-    let log_key = data.log_key(&ca, Duration::from_nanos(u64::try_from(now.wall_ns).unwrap_or_default()))?;
+    let log_key =
+        data.make_log_key(&ca, Duration::from_nanos(u64::try_from(now.wall_ns).unwrap_or_default()))?;
     let (certificate, key) = data.server_identity()?;
-    let mut store = Store::open(&data.store())?;
+    let mut store = Store::open_or_migrate(&data.store())?;
     store.write(|tx| store::forget_connections(tx)).map_err(|error| {
         let hint = store::hint(&error);
         anyhow::Error::new(error)
@@ -59,7 +60,9 @@ pub fn run(
     })?;
     let known = store::known(store.conn())
         .with_context(|| format!("cannot read the store {}", data.store().display()))?;
-    let presence = Presence::new(now, known);
+    let alive_ns = store::alive(store.conn())
+        .with_context(|| format!("cannot read the store {}", data.store().display()))?;
+    let presence = Presence::new(now, alive_ns, known);
     make_dir(&data.logs())?;
     make_dir(&data.control())?;
     let events = Listener { what: "events", option: "--listen", address: listen, port: wire::DEFAULT_PORT };

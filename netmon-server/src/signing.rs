@@ -3,6 +3,7 @@
 use netmon_common::wire::Checkpoint;
 use rcgen::{KeyPair, PublicKeyData as _, SigningKey as _};
 use rustls::pki_types::CertificateDer;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::chain::{Head, statement};
 
@@ -15,6 +16,9 @@ pub enum SigningError {
     /// Another kind of key.
     #[error("the key for the log is not Ed25519")]
     Kind,
+    /// The certificate is for another key.
+    #[error("the certificate of the key for the log is damaged, or for another key")]
+    Certificate,
     /// Signing failed.
     #[error("cannot sign a checkpoint")]
     Sign(#[source] rcgen::Error),
@@ -36,7 +40,12 @@ impl LogKey {
         if key.algorithm() != &rcgen::PKCS_ED25519 {
             return Err(SigningError::Kind);
         }
-        Ok(Self { key, certificate })
+        let is_for =
+            |parsed: &X509Certificate<'_>| *parsed.public_key().subject_public_key.data == *key.der_bytes();
+        match X509Certificate::from_der(&certificate) {
+            Ok((_, parsed)) if is_for(&parsed) => Ok(Self { key, certificate }),
+            _ => Err(SigningError::Certificate),
+        }
     }
 
     /// The CA's certificate for the key.
@@ -72,14 +81,27 @@ impl LogKey {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::chain::is_signed;
 
+    /// A key with a certificate of its own making.
+    pub fn key() -> LogKey {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        let certificate = rcgen::CertificateParams::default().self_signed(&key).unwrap();
+        LogKey::load(&key.serialize_pem(), certificate.der().clone()).unwrap()
+    }
+
+    #[test]
+    fn a_certificate_for_another_key_is_refused() {
+        let pem = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap().serialize_pem();
+        let other = key().certificate().clone();
+        assert!(matches!(LogKey::load(&pem, other), Err(SigningError::Certificate)));
+    }
+
     #[test]
     fn a_signature_holds_for_what_was_signed_and_for_nothing_else() {
-        let pem = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap().serialize_pem();
-        let key = LogKey::load(&pem, Vec::new().into()).unwrap();
+        let key = key();
         let good = key.sign(&[1; 16], 2, [3; 32], 4).unwrap();
         assert!(is_signed(&good, &[1; 16], key.public_key()));
         assert!(!is_signed(&good, &[2; 16], key.public_key()));

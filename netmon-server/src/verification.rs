@@ -147,7 +147,7 @@ fn describe(entry: &Entry<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::signing::LogKey;
+    use crate::signing::tests::key;
 
     const PC: [u8; 16] = [7; 16];
 
@@ -162,11 +162,6 @@ mod tests {
 
     fn entry(n: u64, bytes: &[u8]) -> Entry<'_> {
         Entry::Record { epoch: 1, seq: n, received_ns: 5, bytes }
-    }
-
-    fn key() -> LogKey {
-        let pem = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap().serialize_pem();
-        LogKey::load(&pem, Vec::new().into()).unwrap()
     }
 
     /// A hundred items with checkpoints over 40 and 90.

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, BufWriter, Read as _, Write as _};
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use jiff::tz::TimeZone;
@@ -94,8 +93,7 @@ pub fn verify(data: &DataDir, options: &Verify) -> anyhow::Result<()> {
 fn verify_store(data: &DataDir, options: &Verify) -> anyhow::Result<()> {
     let store = open(data)?;
     let ca = data.ca()?;
-    let now = Duration::from_nanos(u64::try_from(clock::wall_ns())?);
-    let log_key = data.log_key(&ca, now)?;
+    let log_key = data.log_key()?;
     let key = log_public_key(log_key.certificate(), ca.der())?;
     let agents: Vec<Agent> = match &options.seat {
         Some(seat) => vec![find(data, &store, seat)?],
@@ -165,7 +163,7 @@ pub fn export(data: &DataDir, options: &Export) -> anyhow::Result<()> {
     let agent = find(data, &store, &options.seat)?;
     let ca = data.ca()?;
     let now_ns = clock::wall_ns();
-    let log_key = data.log_key(&ca, Duration::from_nanos(u64::try_from(now_ns)?))?;
+    let log_key = data.log_key()?;
     let mut out = BufWriter::new(io::stdout().lock());
     let written = (|| {
         let tx = store.conn().unchecked_transaction()?;

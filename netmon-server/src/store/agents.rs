@@ -355,6 +355,13 @@ pub fn revoked_connections(conn: &Connection) -> rusqlite::Result<Vec<(AgentId, 
     .collect()
 }
 
+/// All agents that may not deliver any more.
+pub fn revoked_agents(conn: &Connection) -> rusqlite::Result<Vec<AgentId>> {
+    conn.prepare_cached("SELECT id FROM agents WHERE revoked_ns IS NOT NULL")?
+        .query_map([], |row| Ok(AgentId(row.get(0)?)))?
+        .collect()
+}
+
 /// All agents, in order of their labels.
 pub fn summaries(conn: &Connection) -> rusqlite::Result<Vec<AgentSummary>> {
     conn.prepare(

@@ -120,7 +120,7 @@ fn known(conn: &Connection, agent: AgentId, epoch: u64, now_ns: i64) -> rusqlite
     let has_history = conn
         .prepare_cached(
             "SELECT 1 FROM agents WHERE id = ?1
-             AND (next_n > 1 OR EXISTS (SELECT 1 FROM epochs WHERE agent = ?1))",
+             AND EXISTS (SELECT 1 FROM epochs WHERE agent = ?1)",
         )?
         .exists([agent.0])?;
     if !has_history {
@@ -184,6 +184,11 @@ pub fn append(
         .execute(params![agent.0, new > 0, now_ns, backlog.map(|backlog: u64| backlog as i64)])?;
     }
     Ok(BatchOutcome::Stored { through: expected - 1, new })
+}
+
+/// Did a hello open this epoch?
+pub fn is_open(conn: &Connection, agent: AgentId, epoch: u64) -> rusqlite::Result<bool> {
+    Ok(watermark(conn, agent, epoch)?.is_some())
 }
 
 /// What a stored record looks like to `look`; `None`: there is none.

@@ -17,11 +17,11 @@ use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 pub use agents::{
     Agent, AgentId, AgentSummary, Enrolled, Newcomer, add_token, agent_by_id, agent_by_key, connected,
     disconnected, enrol, find_seat, forget_connections, introduced, is_allowed, quarantine, renew, revoke,
-    revoked_connections, summaries, used_key,
+    revoked_agents, revoked_connections, summaries, used_key,
 };
 pub use events::{
-    BatchOutcome, Item, SeatLog, What, append, first_of_last, items_from, open_epoch, record_fingerprint,
-    save_seat_log, seat_log,
+    BatchOutcome, Item, SeatLog, What, append, first_of_last, is_open, items_from, open_epoch,
+    record_fingerprint, save_seat_log, seat_log,
 };
 pub use presence::{Known, alive, known, save_alive, save_presence};
 
@@ -58,7 +58,7 @@ pub enum StoreError {
     NotAStore(PathBuf),
     /// The file was written by another version.
     #[error(
-        "the store {path} has format {found}; this netmon-server reads format {SCHEMA_VERSION}: use the version that wrote it, or a newer one"
+        "the store {path} has format {found}; this netmon-server reads format {SCHEMA_VERSION}: format 1 becomes that when the server (`run`) is started anew; for a newer one use the version that wrote it"
     )]
     Version {
         /// The file.
@@ -110,15 +110,28 @@ impl Store {
         Self::checked(connect(path)?, path)
     }
 
-    fn checked(mut conn: Connection, path: &Path) -> Result<Self, StoreError> {
+    /// Opens a store of this format, or of the one before, which is brought to this one. Only for the server itself, and
+    /// while it holds its directory: a server of the version before would go on writing the old format into the new one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_or_migrate(path: &Path) -> Result<Self, StoreError> {
+        let mut conn = connect(path)?;
+        let version = |conn: &Connection, name| {
+            conn.pragma_query_value::<i32, _>(None, name, |row| row.get(0)).map_err(|e| open_error(path, e))
+        };
+        if version(&conn, "application_id")? == APPLICATION_ID && version(&conn, "user_version")? == 1 {
+            migrate(&mut conn).map_err(|source| open_error(path, source))?;
+        }
+        Self::checked(conn, path)
+    }
+
+    fn checked(conn: Connection, path: &Path) -> Result<Self, StoreError> {
         let pragma = |conn: &Connection, name| {
             conn.pragma_query_value(None, name, |row| row.get(0)).map_err(|e| open_error(path, e))
         };
         if pragma(&conn, "application_id")? != APPLICATION_ID {
             return Err(StoreError::NotAStore(path.into()));
-        }
-        if pragma(&conn, "user_version")? == 1 {
-            migrate(&mut conn).map_err(|source| open_error(path, source))?;
         }
         match pragma(&conn, "user_version")? {
             SCHEMA_VERSION => Ok(Self { conn }),

@@ -393,7 +393,11 @@ fn a_store_of_format_1_is_brought_to_this_one_and_keeps_everything() {
         .unwrap();
     }
     drop(old);
-    let store = Store::open(&path).unwrap();
+    assert!(
+        matches!(Store::open(&path), Err(StoreError::Version { found: 1, .. })),
+        "a server may run on it"
+    );
+    let store = Store::open_or_migrate(&path).unwrap();
     assert_chained(store.conn(), AgentId(1));
     assert_eq!(append(store.conn(), AgentId(1), 7, 4, &records(4..=4), 0).unwrap(), stored(4, 1));
     assert_chained(store.conn(), AgentId(1));
