@@ -23,6 +23,8 @@ use netmon_common::model::MAX_RECORD;
 
 /// Version of the format that this agent writes.
 pub const VERSION: u16 = 1;
+/// Highest number of a record: the server's store keeps them as signed 64-bit integers.
+pub const MAX_SEQ: u64 = i64::MAX as u64;
 /// Bytes in front of a segment's first frame.
 pub const HEADER: usize = 44;
 /// Bytes in front of each record.
@@ -92,7 +94,9 @@ impl Header {
                 first_seq: u64_at(bytes, 32)?,
             })
         })();
-        header.filter(|header| header.first_seq > 0 && version == VERSION).ok_or(HeaderError::Damaged)
+        header
+            .filter(|header| (1..=MAX_SEQ).contains(&header.first_seq) && version == VERSION)
+            .ok_or(HeaderError::Damaged)
     }
 }
 
@@ -230,6 +234,14 @@ mod tests {
     fn zeros_are_no_record() {
         assert_eq!(next_frame(&[0; 64], 1), Next::Damaged);
         assert_eq!(Header::decode(&[0; 64]), Err(HeaderError::Damaged));
+    }
+
+    #[test]
+    fn numbers_that_no_agent_reaches_are_damage() {
+        for first_seq in [0, MAX_SEQ + 1, u64::MAX] {
+            let header = Header { first_seq, ..HEADER_1 };
+            assert_eq!(Header::decode(&header.encode()), Err(HeaderError::Damaged), "{first_seq}");
+        }
     }
 
     #[test]

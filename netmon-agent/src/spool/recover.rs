@@ -8,7 +8,7 @@ use netmon_common::model::Record;
 use serde::{Deserialize, Serialize};
 
 use super::files::{Disk, Files, read_at_most, replace};
-use super::format::{HEADER, Header, HeaderError, frames};
+use super::format::{HEADER, Header, HeaderError, MAX_SEQ, frames};
 use super::log::{Limits, Segment, Spool};
 
 /// Why the spool cannot be used.
@@ -79,6 +79,13 @@ pub(super) struct RunFile {
 }
 
 impl RunFile {
+    /// `None` when it is damaged.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let file: Self = serde_json::from_slice(bytes).ok()?;
+        let possible = file.stopped.is_none_or(|(_, next_seq)| (1..=MAX_SEQ).contains(&next_seq));
+        possible.then_some(file)
+    }
+
     pub fn write<F: Files>(&self, files: &F) -> Result<(), super::SpoolError> {
         let json = serde_json::to_vec(self).map_err(io::Error::from);
         json.and_then(|json| replace(files, RUN_FILE, &json))
@@ -90,9 +97,12 @@ pub(super) fn segment_name(number: u64) -> String {
     format!("{number:010}.seg")
 }
 
+/// Higher numbers are in no name of ours: the next one must fit, too.
+const MAX_NUMBER: u64 = u64::MAX / 2;
+
 fn segment_number(name: &str) -> Option<u64> {
     let number = name.strip_suffix(".seg")?.parse().ok()?;
-    (segment_name(number) == name).then_some(number)
+    (number <= MAX_NUMBER && segment_name(number) == name).then_some(number)
 }
 
 impl Spool<Disk> {
@@ -137,13 +147,15 @@ impl<F: Files> Spool<F> {
         for tmp in names.iter().filter(|name| name.ends_with(".tmp")) {
             files.remove(tmp).map_err(|source| write_failed(tmp, source))?;
         }
-        let numbers: Vec<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
+        let mut numbers: Vec<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
+        // Beyond ten digits, names sort in another order.
+        numbers.sort_unstable();
         let next_number = numbers.iter().max().map_or(1, |newest| newest + 1);
 
         let run_file: Option<RunFile> = if names.iter().any(|name| name == RUN_FILE) {
             let bytes = read_all(&files, RUN_FILE).map_err(|source| read_failed(RUN_FILE, source))?;
             // Damaged: as good as missing; the run is known from the segments, and a new epoch begins.
-            serde_json::from_slice(&bytes).ok()
+            RunFile::parse(&bytes)
         } else {
             None
         };
