@@ -222,7 +222,11 @@ impl Config {
         }
     }
 
-    fn parse(text: &str, file: &Path) -> Result<Self, ConfigError> {
+    /// Reads the settings; `file` is for messages.
+    ///
+    /// # Errors
+    /// [`ConfigError::Parse`], [`ConfigError::Value`].
+    pub fn parse(text: &str, file: &Path) -> Result<Self, ConfigError> {
         let file = || file.to_owned();
         let config: Self = toml::from_str(text)
             .map_err(|error| ConfigError::Parse { file: file(), problem: error.to_string() })?;

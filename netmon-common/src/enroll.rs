@@ -65,7 +65,9 @@ impl FromStr for Token {
         let ca_spki_sha256 = unhex(part()?).ok_or(TokenError("the fingerprint is not 64 hex digits"))?;
         let address = part()?;
         let port = address.rsplit_once(':').and_then(|(host, port)| (!host.is_empty()).then_some(port));
-        if port.and_then(|p| p.parse::<u16>().ok()).is_none() || address.len() > 261 {
+        // It is shown to people, and names a host.
+        let is_plain = address.bytes().all(|byte| byte.is_ascii_graphic());
+        if port.and_then(|p| p.parse::<u16>().ok()).is_none() || address.len() > 261 || !is_plain {
             return Err(TokenError("the address is not host:port"));
         }
         Ok(Self { address: address.to_owned(), ca_spki_sha256, id, secret })
@@ -159,6 +161,7 @@ mod tests {
         assert_eq!(error(good[1..].into()), "it does not start with `nm1.`");
         assert_eq!(error(good[..good.len() - 1].into()), "the secret is not 64 hex digits");
         assert_eq!(error(good.replace(":7444", "")), "the address is not host:port");
+        assert_eq!(error(good.replace("192", "1\u{1b}[2J")), "the address is not host:port");
         assert_eq!(error("nm1.a".into()), "the secret is not 64 hex digits");
     }
 

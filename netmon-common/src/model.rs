@@ -343,14 +343,15 @@ pub struct Traffic {
     pub rx_packets: u64,
 }
 
+/// A sum that no number holds is the largest one.
 impl std::ops::AddAssign for Traffic {
     fn add_assign(&mut self, other: Self) {
-        self.tx_bytes += other.tx_bytes;
-        self.rx_bytes += other.rx_bytes;
-        self.tx_payload += other.tx_payload;
-        self.rx_payload += other.rx_payload;
-        self.tx_packets += other.tx_packets;
-        self.rx_packets += other.rx_packets;
+        self.tx_bytes = self.tx_bytes.saturating_add(other.tx_bytes);
+        self.rx_bytes = self.rx_bytes.saturating_add(other.rx_bytes);
+        self.tx_payload = self.tx_payload.saturating_add(other.tx_payload);
+        self.rx_payload = self.rx_payload.saturating_add(other.rx_payload);
+        self.tx_packets = self.tx_packets.saturating_add(other.tx_packets);
+        self.rx_packets = self.rx_packets.saturating_add(other.rx_packets);
     }
 }
 

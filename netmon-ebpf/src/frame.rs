@@ -42,6 +42,15 @@ macro_rules! load {
 }
 pub(crate) use load;
 
+/// 1 or 0, without a branch.
+#[inline(always)]
+pub fn not_zero(value: u16) -> u32 {
+    let mut result = u64::from(value);
+    // SAFETY: arithmetic: the sign bit of the negated value. Written out, or the compiler makes a branch of it.
+    unsafe { asm!("{value} = -{value}", "{value} >>= 63", value = inout(reg) result) };
+    result as u32
+}
+
 /// A frame in a TC program. Its data may be spread over pages, so it is read by helper.
 pub struct SkbFrame<'a>(pub &'a TcContext);
 

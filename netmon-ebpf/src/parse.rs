@@ -1,16 +1,15 @@
 //! Frame → [`Packet`], or the reason why not.
 //!
 //! Two readers: [`plain4`] and [`plain6`] take what nearly every packet is, straight from memory, and nothing that is odd
-//! in any way; [`parse`] takes everything. Where both take a packet, they must agree.
+//! in any way; [`parse`] takes everything. Where both take a packet, they must agree. netmon-fuzz builds this file for the
+//! host, with another [`crate::frame`], and compares them: all that is BPF's own stays there.
 //!
 //! Types in the signatures of subprograms are plain: the BTF that the compiler makes of an enum with data is
 //! refused by the kernel.
 
-use core::arch::asm;
-
 use netmon_common::abi::{IPPROTO_TCP, IPPROTO_UDP};
 
-use crate::frame::{Frame, load};
+use crate::frame::{Frame, load, not_zero};
 
 /// What stands in front of the IP header.
 #[derive(Clone, Copy)]
@@ -351,15 +350,6 @@ fn extension(protocol: u8) -> u32 {
 #[inline(always)]
 fn equal(a: u8, b: u8) -> u32 {
     1 - not_zero(u16::from(a ^ b))
-}
-
-/// 1 or 0, without a branch.
-#[inline(always)]
-fn not_zero(value: u16) -> u32 {
-    let mut result = u64::from(value);
-    // SAFETY: arithmetic: the sign bit of the negated value. Written out, or the compiler makes a branch of it.
-    unsafe { asm!("{value} = -{value}", "{value} >>= 63", value = inout(reg) result) };
-    result as u32
 }
 
 /// What the IP header says, or what the frame holds when that is less (or when the header says nothing: a

@@ -4,6 +4,7 @@ mod bench;
 mod clock;
 mod ebpf;
 mod ebpf_sources;
+mod fuzz;
 mod ip_txt;
 mod setup;
 mod sh;
@@ -52,6 +53,8 @@ enum Chore {
     Bench(bench::Bench),
     /// Run a test, or any command, on stock Debian kernels with USB devices that are really plugged in.
     Vm(vm::Args),
+    /// Feed whatever comes from outside with any bytes at all, guided by coverage, and keep what is found.
+    Fuzz(fuzz::Options),
     /// Build the kernel programs into target/bpf/netmon-ebpf, where the agent's build takes them from.
     BuildEbpf(ebpf::Options),
     /// Make ip.txt out of published provider ranges.
@@ -72,6 +75,7 @@ fn main() -> Result<()> {
         Chore::Torture { options } => torture::run(&options),
         Chore::Bench(bench) => bench::run(&bench),
         Chore::Vm(args) => vm::run(&args),
+        Chore::Fuzz(options) => fuzz::run(&options),
         Chore::BuildEbpf(options) => ebpf::build(&options),
         Chore::IpTxt { directory, out } => ip_txt::run(&directory, &out),
     }

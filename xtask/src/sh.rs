@@ -102,11 +102,15 @@ fn is_installed(package: &str) -> bool {
         .is_some_and(|status| status == "installed")
 }
 
-/// Writes a file in one step: a reader sees the old or the new content.
+/// Writes a file in one step: a reader sees the old or the new content. A file that has this content already is left alone:
+/// what was built from it need not be built anew.
 ///
 /// # Errors
 /// The directory is not writable or the disk is full.
 pub fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
+    if fs::read(path).is_ok_and(|there| there == content) {
+        return Ok(());
+    }
     let draft = path.with_extension("new");
     fs::write(&draft, content).with_context(|| format!("cannot write {}", draft.display()))?;
     fs::rename(&draft, path).with_context(|| format!("cannot write {}", path.display()))

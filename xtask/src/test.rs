@@ -134,7 +134,9 @@ fn full_disk() -> Result<()> {
 
 fn lint() -> Result<()> {
     sh::run(cargo().args(["fmt", "--all", "--check"]))?;
-    sh::run(cargo().args(["fmt", "--check", "--manifest-path", "netmon-ebpf/Cargo.toml"]))?;
+    for other in ["netmon-ebpf/Cargo.toml", "netmon-fuzz/fuzz/Cargo.toml"] {
+        sh::run(cargo().args(["fmt", "--check", "--manifest-path", other]))?;
+    }
     sh::run(cargo().args(["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     let deny = setup::cargo_tool("cargo-deny", DENY)?;
     sh::run(Command::new(deny).current_dir(sh::workspace()).args(["check", "bans", "licenses", "sources"]))

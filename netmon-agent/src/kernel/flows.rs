@@ -131,16 +131,17 @@ pub struct Moved {
     pub rx_payload: u64,
 }
 
+// Saturating: counters that go backwards make no sense, and still must not end the agent.
 macro_rules! add_moved {
     ($($sum:ty),*) => {$(
         impl std::ops::AddAssign<Moved> for $sum {
             fn add_assign(&mut self, moved: Moved) {
-                self.tx_packets += moved.tx_packets;
-                self.rx_packets += moved.rx_packets;
-                self.tx_bytes += moved.tx_bytes;
-                self.rx_bytes += moved.rx_bytes;
-                self.tx_payload += moved.tx_payload;
-                self.rx_payload += moved.rx_payload;
+                self.tx_packets = self.tx_packets.saturating_add(moved.tx_packets);
+                self.rx_packets = self.rx_packets.saturating_add(moved.rx_packets);
+                self.tx_bytes = self.tx_bytes.saturating_add(moved.tx_bytes);
+                self.rx_bytes = self.rx_bytes.saturating_add(moved.rx_bytes);
+                self.tx_payload = self.tx_payload.saturating_add(moved.tx_payload);
+                self.rx_payload = self.rx_payload.saturating_add(moved.rx_payload);
             }
         }
     )*};

@@ -8,6 +8,7 @@ use std::{
 };
 
 use aya::maps::MapData;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// The values of an array map that may be mapped (`BPF_F_MMAPABLE`).
@@ -38,6 +39,13 @@ impl Mapping {
         let start = unsafe { mmap(std::ptr::null_mut(), bytes, access, MapFlags::SHARED, fd, 0)? };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         Ok(Self { start, bytes })
+    }
+
+    /// Memory of nobody else's, all zeros, in a map's place.
+    pub(super) fn blank(bytes: usize) -> io::Result<Self> {
+        let memory = memfd_create("netmon", MemfdFlags::CLOEXEC)?;
+        ftruncate(&memory, bytes as u64)?;
+        Self::map(memory.as_fd(), bytes, ProtFlags::READ | ProtFlags::WRITE)
     }
 
     /// The word of eight bytes with this number.

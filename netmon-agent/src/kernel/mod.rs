@@ -35,6 +35,8 @@ use self::{
 mod attach;
 mod cpus;
 mod error;
+#[doc(hidden)]
+pub mod fed;
 mod flows;
 mod load;
 mod mapping;

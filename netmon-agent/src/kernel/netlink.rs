@@ -3,7 +3,7 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    DecodeError, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::{
     RouteNetlinkMessage,
@@ -44,23 +44,24 @@ pub(super) fn link(ifindex: u32) -> Result<Link, KernelError> {
             answers.map_err(|source| KernelError::Netlink { action: "look an interface up", source })?
         }
     };
-    answers
-        .into_iter()
-        .find_map(|answer| match answer {
-            RouteNetlinkMessage::NewLink(link) if link.header.index == ifindex => {
-                let (mut name, mut xdp) = (None, Vec::new());
-                for attribute in link.attributes {
-                    match attribute {
-                        LinkAttribute::IfName(found) => name = Some(found),
-                        LinkAttribute::Xdp(found) => xdp.extend(found.iter().filter_map(xdp_program)),
-                        _ => {}
-                    }
+    link_of(answers, ifindex).ok_or(KernelError::NoSuchInterface { ifindex })
+}
+
+fn link_of(answers: Vec<RouteNetlinkMessage>, ifindex: u32) -> Option<Link> {
+    answers.into_iter().find_map(|answer| match answer {
+        RouteNetlinkMessage::NewLink(link) if link.header.index == ifindex => {
+            let (mut name, mut xdp) = (None, Vec::new());
+            for attribute in link.attributes {
+                match attribute {
+                    LinkAttribute::IfName(found) => name = Some(found),
+                    LinkAttribute::Xdp(found) => xdp.extend(found.iter().filter_map(xdp_program)),
+                    _ => {}
                 }
-                Some(Link { name: name?, link_type: link.header.link_layer_type.into(), xdp })
             }
-            _ => None,
-        })
-        .ok_or(KernelError::NoSuchInterface { ifindex })
+            Some(Link { name: name?, link_type: link.header.link_layer_type.into(), xdp })
+        }
+        _ => None,
+    })
 }
 
 fn xdp_program(attribute: &LinkXdp) -> Option<u32> {
@@ -89,6 +90,10 @@ pub(super) fn filters(ifindex: u32, egress: bool) -> Result<Vec<Filter>, KernelE
         Err(error) if gone(&error) => Vec::new(),
         answers => answers.map_err(|source| KernelError::Netlink { action: "list the filters", source })?,
     };
+    Ok(filters_of(answers))
+}
+
+fn filters_of(answers: Vec<RouteNetlinkMessage>) -> Vec<Filter> {
     let mut filters = Vec::new();
     for answer in answers {
         let RouteNetlinkMessage::NewTrafficFilter(message) = answer else { continue };
@@ -108,7 +113,7 @@ pub(super) fn filters(ifindex: u32, egress: bool) -> Result<Vec<Filter>, KernelE
             filters.push(filter);
         }
     }
-    Ok(filters)
+    filters
 }
 
 /// The interface or its clsact qdisc is not there (any more).
@@ -144,7 +149,6 @@ fn tc(ifindex: u32, parent: u32) -> TcMessage {
 
 /// Sends one request and gathers its answers.
 fn ask(request: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
-    let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
@@ -160,26 +164,42 @@ fn ask(request: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkM
     let mut answers = Vec::new();
     loop {
         let (datagram, _) = socket.recv_from_full()?;
-        let mut rest = &datagram[..];
-        while rest.len() >= 16 {
-            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(invalid)?;
-            // Messages start at multiples of four bytes (netlink(7), NLMSG_ALIGN).
-            let length = (answer.header.length as usize).next_multiple_of(4).max(16);
-            rest = rest.get(length..).unwrap_or_default();
-            match answer.payload {
-                NetlinkPayload::InnerMessage(inner) => answers.push(inner),
-                NetlinkPayload::Error(error) => {
-                    return match error.code {
-                        Some(_) => Err(error.to_io()),
-                        None => Ok(answers),
-                    };
-                }
-                NetlinkPayload::Done(_) => return Ok(answers),
-                _ => {}
-            }
-        }
-        if flags & (NLM_F_DUMP | NLM_F_ACK) == 0 {
+        if take_answers(&datagram, &mut answers)? || flags & (NLM_F_DUMP | NLM_F_ACK) == 0 {
             return Ok(answers);
         }
     }
+}
+
+/// Takes the messages of a datagram. True: the last one says that it is the last.
+fn take_answers(datagram: &[u8], answers: &mut Vec<RouteNetlinkMessage>) -> io::Result<bool> {
+    let mut rest = datagram;
+    while rest.len() >= 16 {
+        let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(invalid)?;
+        // Messages start at multiples of four bytes (netlink(7), NLMSG_ALIGN).
+        let length = (answer.header.length as usize).next_multiple_of(4).max(16);
+        rest = rest.get(length..).unwrap_or_default();
+        match answer.payload {
+            NetlinkPayload::InnerMessage(inner) => answers.push(inner),
+            NetlinkPayload::Error(error) => {
+                return match error.code {
+                    Some(_) => Err(error.to_io()),
+                    None => Ok(true),
+                };
+            }
+            NetlinkPayload::Done(_) => return Ok(true),
+            _ => {}
+        }
+    }
+    Ok(false)
+}
+
+fn invalid(error: DecodeError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+/// What [`link`] and [`filters`] make of a datagram, for those who try what they make of any.
+pub(super) fn read(datagram: &[u8], ifindex: u32) -> io::Result<(Option<Link>, Vec<Filter>)> {
+    let mut answers = Vec::new();
+    take_answers(datagram, &mut answers)?;
+    Ok((link_of(answers.clone(), ifindex), filters_of(answers)))
 }

@@ -154,20 +154,30 @@ pub(super) struct Table<L> {
     layout: std::marker::PhantomData<L>,
 }
 
-const REGION_SLOTS: usize = REGION_SETS * WAYS;
+pub(super) const REGION_SLOTS: usize = REGION_SETS * WAYS;
 
 impl<L: Layout> Table<L> {
     /// Of a map with this many regions; `first_region` is the number of the first one among both
     /// families'.
     pub fn new(map: &MapData, regions: usize, first_region: usize) -> io::Result<Self> {
-        Ok(Self {
-            slots: Mapping::new(map)?,
+        Ok(Self::of(Mapping::new(map)?, regions, first_region))
+    }
+
+    /// Of a map's memory; see [`Self::new`].
+    pub fn of(slots: Mapping, regions: usize, first_region: usize) -> Self {
+        Self {
+            slots,
             regions,
             first_region,
             seen: unseen(regions * REGION_SLOTS),
             changed: BTreeSet::new(),
             layout: std::marker::PhantomData,
-        })
+        }
+    }
+
+    /// The slots' memory.
+    pub fn slots(&self) -> &Mapping {
+        &self.slots
     }
 
     /// Reads what has moved. Slots that changed hands wait for [`Self::read_changed`].
@@ -331,10 +341,6 @@ fn time_of(tick: u32, now_ns: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd as _;
-
-    use rustix::mm::ProtFlags;
-
     use super::*;
 
     const DAY: u64 = 24 * 3600 * 1_000_000_000;
@@ -499,21 +505,9 @@ mod tests {
 
     impl Hand {
         fn new() -> Self {
-            let mapping = |bytes: usize| {
-                let memory =
-                    rustix::fs::memfd_create("netmon-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-                rustix::fs::ftruncate(&memory, bytes as u64).unwrap();
-                Mapping::map(memory.as_fd(), bytes, ProtFlags::READ | ProtFlags::WRITE).unwrap()
-            };
+            let mapping = |bytes: usize| Mapping::blank(bytes).unwrap();
             let slots = 4096 * 8;
-            let table = Table {
-                slots: mapping(slots),
-                regions: 1,
-                first_region: 0,
-                seen: unseen(REGION_SLOTS),
-                changed: BTreeSet::new(),
-                layout: std::marker::PhantomData,
-            };
+            let table = Table::of(mapping(slots), 1, 0);
             let shared = Shared { touched: mapping(8), lives: mapping(slots) };
             shared.touched.quarter(0).store(stamp(NOW), Ordering::Relaxed);
             Self { table, shared }

@@ -216,7 +216,9 @@ async fn links_with(handle: &rtnetlink::Handle) -> Result<Vec<Link>, LinksError>
     Ok(links.into_values().collect())
 }
 
-fn link(message: LinkMessage) -> Option<Link> {
+/// What netlink tells of an interface: neither its prefixes nor what stands behind it.
+#[doc(hidden)]
+pub fn link(message: LinkMessage) -> Option<Link> {
     let mut name = None;
     let (mut kind, mut master, mut lower, mut elsewhere) = (String::new(), None, None, false);
     for attribute in message.attributes {

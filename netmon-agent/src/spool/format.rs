@@ -28,6 +28,8 @@ use netmon_common::model::MAX_RECORD;
 
 /// Version of the format that this agent writes.
 pub const VERSION: u16 = 2;
+/// Highest number of a record: the server's store keeps them as signed 64-bit integers.
+pub const MAX_SEQ: u64 = i64::MAX as u64;
 /// Bytes in front of a segment's first frame.
 pub const HEADER: usize = 44;
 /// Bytes in front of each record.
@@ -102,7 +104,9 @@ impl Header {
                 first_seq: u64_at(bytes, 32)?,
             })
         })();
-        header.filter(|header| header.first_seq > 0 && version >= 1).ok_or(HeaderError::Damaged)
+        header
+            .filter(|header| (1..=MAX_SEQ).contains(&header.first_seq) && version >= 1)
+            .ok_or(HeaderError::Damaged)
     }
 }
 
@@ -165,7 +169,7 @@ pub fn next_frame(bytes: &[u8], seq: u64) -> Next<'_> {
         return match u64_at(bytes, FRAME) {
             None => Next::Cut,
             Some(count)
-                if count > 0 && seq.checked_add(count).is_some() && hole_checksum(seq, count) == crc =>
+                if count > 0 && count <= MAX_SEQ - seq.min(MAX_SEQ) && hole_checksum(seq, count) == crc =>
             {
                 Next::Frame(Frame::Hole(count))
             }

@@ -9,7 +9,7 @@ use netmon_common::model::Record;
 use serde::{Deserialize, Serialize};
 
 use super::files::{Disk, Files, read_at_most, remove_if_there, replace};
-use super::format::{HEADER, Header, HeaderError};
+use super::format::{HEADER, Header, HeaderError, MAX_SEQ};
 use super::log::{Limits, Spool, SpoolError};
 use super::segment::Segment;
 
@@ -60,6 +60,13 @@ pub(super) struct RunFile {
 }
 
 impl RunFile {
+    /// `None` when it is damaged.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let file: Self = serde_json::from_slice(bytes).ok()?;
+        let possible = file.stopped.is_none_or(|(_, next_seq)| (1..=MAX_SEQ).contains(&next_seq));
+        possible.then_some(file)
+    }
+
     pub fn write<F: Files>(&self, files: &F) -> io::Result<()> {
         replace(files, RUN_FILE, &serde_json::to_vec(self)?)?;
         files.sync_directory()
@@ -213,13 +220,15 @@ fn survey<F: Files>(files: &F) -> Result<Survey, SpoolError> {
     for tmp in names.iter().filter(|name| name.ends_with(".tmp")) {
         remove(tmp);
     }
-    let numbers: Vec<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
+    let mut numbers: Vec<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
+    // Beyond ten digits, names sort in another order.
+    numbers.sort_unstable();
     let next_number = numbers.iter().max().map_or(1, |newest| newest + 1);
 
     let run_file: Option<RunFile> = if names.iter().any(|name| name == RUN_FILE) {
         let bytes = read_all(files, RUN_FILE).map_err(|source| failed(RUN_FILE, source))?;
         // Damaged: as good as missing; the run is known from the segments, and a new epoch begins.
-        serde_json::from_slice(&bytes).ok()
+        RunFile::parse(&bytes)
     } else {
         None
     };
