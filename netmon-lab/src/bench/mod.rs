@@ -1,4 +1,5 @@
-//! `netmon-lab bench kernel`: what watching costs, in one run and with ratios. docs/performance.md says how to read it.
+//! `netmon-lab bench kernel`: what watching costs, in one run and with ratios; [`delivery`] is `netmon-lab bench delivery`.
+//! docs/performance.md says how to read it.
 //!
 //! * [`frames`], [`order`]: which packets, in which order
 //! * [`source`]: sends them, out of the kernel, through the cable of a [`pair`] of hosts
@@ -6,13 +7,13 @@
 //! * [`hot`], [`many`], [`flood`], [`tcp`], [`idle`], [`fresh`]: the sections
 //! * [`numbers`], [`report`], [`machine`], [`process`]: what is said about it
 
-use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand, ValueEnum};
 
+pub mod delivery;
 pub mod flood;
 pub mod frames;
 pub mod fresh;
@@ -43,6 +44,8 @@ use report::Findings;
 pub enum Bench {
     /// Costs of netmon's kernel programs and of its agent, beside those of others
     Kernel(Options),
+    /// Costs of netmon's server, beside those of others, and what hostile peers do to it
+    Delivery(delivery::Options),
 }
 
 /// Options of `bench kernel`.
@@ -82,8 +85,10 @@ impl Bench {
     /// # Errors
     /// What could not be built, started or measured.
     pub fn run(self) -> Result<()> {
-        let Self::Kernel(options) = self;
-        options.run()
+        match self {
+            Self::Kernel(options) => options.run(),
+            Self::Delivery(options) => options.run(),
+        }
     }
 }
 
@@ -103,13 +108,7 @@ impl Options {
             found.tables.iter().for_each(|table| println!("{}", table.markdown()));
             findings.push(found);
         }
-        println!("{}", report::targets(&findings).markdown());
-        if let Some(file) = &self.json {
-            let all = serde_json::json!({ "machine": machine, "findings": findings });
-            fs::write(file, serde_json::to_vec_pretty(&all)?)
-                .with_context(|| format!("cannot write {}", file.display()))?;
-        }
-        Ok(())
+        report::conclude(&machine, &findings, self.json.as_deref())
     }
 
     fn measure(&self, pair: &Pair, section: Section) -> Result<Findings> {

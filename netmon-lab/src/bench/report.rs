@@ -1,9 +1,13 @@
 //! What the benchmark found: tables, as Markdown for people and as JSON for programs.
 
 use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
 
+use anyhow::{Context as _, Result};
 use serde::Serialize;
 
+use super::machine::Machine;
 use super::numbers::Summary;
 
 /// One cell of a table.
@@ -179,6 +183,18 @@ pub struct Findings {
     pub tables: Vec<Table>,
     /// Targets that this section measures.
     pub targets: Vec<Target>,
+}
+
+/// Prints the targets, and writes all findings into `json`, if it is given.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn conclude(machine: &Machine, findings: &[Findings], json: Option<&Path>) -> Result<()> {
+    println!("{}", targets(findings).markdown());
+    let Some(file) = json else { return Ok(()) };
+    let all = serde_json::json!({ "machine": machine, "findings": findings });
+    fs::write(file, serde_json::to_vec_pretty(&all)?)
+        .with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// The targets of all sections as a table.
