@@ -89,7 +89,20 @@ impl Store {
             .mode(0o600)
             .open(path)
             .map_err(|source| StoreError::Create { path: path.into(), source })?;
-        let mut conn = connect(path)?;
+        Self::make(path, None)
+    }
+
+    /// [`Store::create`] on a file system that the caller registered with SQLite (a "VFS") under this name: in
+    /// simulations.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn create_with(path: &Path, vfs: &str) -> Result<Self, StoreError> {
+        Self::make(path, Some(vfs))
+    }
+
+    fn make(path: &Path, vfs: Option<&str>) -> Result<Self, StoreError> {
+        let mut conn = connect(path, vfs)?;
         let open_error = |source| open_error(path, source);
         let version: i32 = conn.pragma_query_value(None, "user_version", |r| r.get(0)).map_err(open_error)?;
         if version == 0 {
@@ -107,7 +120,15 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        Self::checked(connect(path)?, path)
+        Self::checked(connect(path, None)?, path)
+    }
+
+    /// [`Store::open`] on a file system that the caller registered with SQLite under this name: in simulations.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_with(path: &Path, vfs: &str) -> Result<Self, StoreError> {
+        Self::checked(connect(path, Some(vfs))?, path)
     }
 
     fn checked(mut conn: Connection, path: &Path) -> Result<Self, StoreError> {
@@ -168,10 +189,16 @@ fn migrate(conn: &mut Connection) -> rusqlite::Result<()> {
     tx.commit()
 }
 
-fn connect(path: &Path) -> Result<Connection, StoreError> {
+fn connect(path: &Path, vfs: Option<&str>) -> Result<Connection, StoreError> {
     let connect = || {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let conn = Connection::open_with_flags(path, flags)?;
+        let conn = match vfs {
+            None => Connection::open_with_flags(path, flags)?,
+            // Nobody but SQLite makes a file there.
+            Some(vfs) => {
+                Connection::open_with_flags_and_vfs(path, flags | OpenFlags::SQLITE_OPEN_CREATE, vfs)?
+            }
+        };
         conn.busy_timeout(BUSY)?;
         conn.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         conn.pragma_update(None, "synchronous", "FULL")?;
