@@ -21,6 +21,9 @@ use rustls::{CertificateError, DigitallySignedStruct, RootCertStore, SignatureSc
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::renewal;
+use crate::trust::AnyClock;
+
 /// Longest that each step of an enrolment may take.
 const STEP: Duration = Duration::from_secs(10);
 
@@ -36,7 +39,7 @@ pub struct Identity {
     pub certificate: CertificateDer<'static>,
     /// The server's CA, DER: the only root.
     pub ca: CertificateDer<'static>,
-    key_pkcs8: Vec<u8>,
+    pub(crate) key_pkcs8: Vec<u8>,
 }
 
 /// Why a stored identity cannot be used.
@@ -220,27 +223,48 @@ impl Identity {
         std::fs::read_link(directory.join(CURRENT)).ok()
     }
 
-    /// TLS 1.3 as this agent, accepting only servers of its CA. No 0-RTT.
+    /// Is it time for a new certificate, by the server's clock (nanoseconds since 1970-01-01T00:00:00Z)?
+    pub fn is_to_be_renewed(&self, server_ns: i64) -> bool {
+        self.validity().is_some_and(|(from, to)| renewal::is_due(from, to, server_ns / 1_000_000_000))
+    }
+
+    /// Beginning and end of the certificate's validity, seconds since 1970-01-01T00:00:00Z.
+    fn validity(&self) -> Option<(i64, i64)> {
+        let (_, certificate) = x509_parser::parse_x509_certificate(&self.certificate).ok()?;
+        let validity = certificate.validity();
+        Some((validity.not_before.timestamp(), validity.not_after.timestamp()))
+    }
+
+    /// TLS 1.3 as this agent, accepting only servers of its CA. No 0-RTT. `server_ns`: the server's clock as it was heard
+    /// last (nanoseconds since 1970-01-01T00:00:00Z); a PC whose clock was reset judges the server by that.
     ///
     /// # Errors
     /// [`IdentityError::Tls`].
-    pub fn tls(&self) -> Result<rustls::ClientConfig, IdentityError> {
+    pub fn tls(&self, server_ns: Option<i64>) -> Result<rustls::ClientConfig, IdentityError> {
         let mut roots = RootCertStore::empty();
         roots.add(self.ca.clone()).map_err(IdentityError::Tls)?;
+        let inner = WebPkiServerVerifier::builder_with_provider(roots.into(), provider())
+            .build()
+            .map_err(|error| IdentityError::Tls(rustls::Error::General(error.to_string())))?;
+        let heard = server_ns.map(|ns| ns / 1_000_000_000);
+        let made = self.validity().map(|(from, _)| from);
+        let others = [heard, made].into_iter().flatten().filter_map(|time| u64::try_from(time).ok());
+        let verifier = AnyClock { inner, others: others.collect() };
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key_pkcs8.clone()));
         let mut tls = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(IdentityError::Tls)?
-            .with_root_certificates(roots)
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_auth_cert(vec![self.certificate.clone()], key)
             .map_err(IdentityError::Tls)?;
-        tls.alpn_protocols = vec![wire::ALPN.to_vec()];
+        tls.alpn_protocols = wire::ALPNS.iter().map(|alpn| alpn.to_vec()).collect();
         Ok(tls)
     }
 
     /// Stores everything in a new directory and then lets [`CURRENT`] name that one: a crash leaves the old
     /// identity or the new one.
-    fn store(&self, key_pem: &str, directory: &Path) -> Result<(), IdentityError> {
+    pub(crate) fn store(&self, key_pem: &str, directory: &Path) -> Result<(), IdentityError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| IdentityError::Write { path, source }
@@ -335,7 +359,7 @@ pub async fn enroll(
         ca,
         key_pkcs8: key.serialize_der(),
     };
-    identity.tls().map_err(|_| unusable("its certificates make no TLS configuration"))?;
+    identity.tls(None).map_err(|_| unusable("its certificates make no TLS configuration"))?;
     identity.store(&key.serialize_pem(), directory).map_err(EnrollError::Store)?;
     Ok(granted)
 }
@@ -459,6 +483,11 @@ impl ServerCertVerifier for PinnedCa {
         let verifier = WebPkiServerVerifier::builder_with_provider(roots.into(), Arc::clone(&self.provider))
             .build()
             .map_err(|error| rustls::Error::General(error.to_string()))?;
+        // The fingerprint decides; this PC's clock may never have been set. The certificate's own time will do.
+        let (_, parsed) =
+            x509_parser::parse_x509_certificate(end_entity).map_err(|_| CertificateError::BadEncoding)?;
+        let made = u64::try_from(parsed.validity().not_before.timestamp()).unwrap_or_default();
+        let verifier = AnyClock { inner: verifier, others: vec![made] };
         verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
@@ -496,7 +525,7 @@ fn spki_sha256(certificate: &CertificateDer<'_>) -> Option<[u8; 32]> {
     Some(Sha256::digest(certificate.public_key().raw).into())
 }
 
-fn fits(certificate: &CertificateDer<'_>, key: &KeyPair) -> bool {
+pub(crate) fn fits(certificate: &CertificateDer<'_>, key: &KeyPair) -> bool {
     x509_parser::parse_x509_certificate(certificate).is_ok_and(|(rest, certificate)| {
         rest.is_empty() && certificate.public_key().subject_public_key.data == key.public_key_raw()
     })

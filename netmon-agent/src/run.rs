@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use futures_util::FutureExt;
 use jiff::tz::TimeZone;
 use netmon_common::raw::Raw;
+use netmon_common::wire::Heartbeat;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -22,7 +23,7 @@ use crate::links::{self, Choice, Link};
 use crate::recorder::Recorder;
 use crate::spool::{Limits, Spool, SpoolHandle};
 use crate::timer::BootTimer;
-use crate::uplink::{self, Introduction, UplinkStatus};
+use crate::uplink::{self, Introduction, Sources, UplinkStatus};
 use crate::usb::{self, UsbOutput, UsbWatch};
 use crate::watch::{Start, Watch};
 use crate::words::{Listener, Teller};
@@ -112,7 +113,17 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     let (spool, recovered) = Spool::open(&paths.state.join("spool"), limits)?;
     let spool = SpoolHandle::new(spool);
     let recorder = Recorder::new(spool.clone(), journal, recovered.run);
-    let uplink = Uplink::start(&paths.state.join("identity"), spool.clone());
+    let (heartbeat, beats) = watch::channel(Heartbeat::default());
+    let introduction = Introduction {
+        agent_version: env!("CARGO_PKG_VERSION").into(),
+        hostname: hostname(),
+        boot_id: boot_id(),
+        run: recovered.run,
+        previous_died: recovered.previous_run_died,
+        instance: getrandom::u64().context("the system has no random numbers")?,
+    };
+    let sources = Sources { spool: spool.clone(), heartbeat: beats, introduction };
+    let uplink = Uplink::start(&paths.state.join("identity"), sources);
     let mut usb = Usb::start();
     let mut links = follow_links();
 
@@ -127,7 +138,9 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
         config,
         runtime: paths.runtime.clone(),
         hostname: hostname(),
+        boot_id: boot_id(),
         uplink: uplink.status.clone(),
+        heartbeat,
         now: Now::read(),
     })?;
     watch.links(&Now::read(), present);
@@ -264,14 +277,12 @@ struct Uplink {
 }
 
 impl Uplink {
-    fn start(identity: &Path, spool: SpoolHandle) -> Self {
+    fn start(identity: &Path, sources: Sources) -> Self {
         let (shutdown, stopped) = watch::channel(false);
         let (sender, status) = watch::channel(UplinkStatus::default());
-        let introduction =
-            Introduction { agent_version: env!("CARGO_PKG_VERSION").into(), hostname: hostname() };
         let identity = identity.to_owned();
         let task = tokio::spawn(async move {
-            uplink::run_whenever_enrolled(&identity, spool, introduction, stopped, sender).await;
+            uplink::run_whenever_enrolled(&identity, sources, stopped, sender).await;
         });
         Self { status, shutdown, task }
     }
@@ -334,4 +345,10 @@ fn lock(directory: &Path) -> Result<std::fs::File> {
 /// The PC's host name: a label, not an identity.
 pub fn hostname() -> Raw {
     Raw::new(rustix::system::uname().nodename().to_bytes())
+}
+
+/// `/proc/sys/kernel/random/boot_id`; zeros where it cannot be read.
+fn boot_id() -> [u8; 16] {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    netmon_common::enroll::unhex(&text.trim().replace('-', "")).unwrap_or_default()
 }

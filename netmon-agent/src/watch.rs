@@ -11,6 +11,7 @@ use netmon_common::model::{
 };
 use netmon_common::prefixes::PrefixList;
 use netmon_common::raw::Raw;
+use netmon_common::wire::Heartbeat;
 use tokio::sync::watch;
 
 use crate::clock::Now;
@@ -52,7 +53,9 @@ pub struct Start {
     pub config: Config,
     pub runtime: PathBuf,
     pub hostname: Raw,
+    pub boot_id: [u8; 16],
     pub uplink: watch::Receiver<UplinkStatus>,
+    pub heartbeat: watch::Sender<Heartbeat>,
     pub now: Now,
 }
 
@@ -62,6 +65,7 @@ pub struct Watch {
     recorder: Recorder,
     spool: SpoolHandle,
     uplink: watch::Receiver<UplinkStatus>,
+    heartbeat: watch::Sender<Heartbeat>,
     filter: FilterFile,
     list: PrefixList,
     config: Config,
@@ -109,7 +113,9 @@ impl Watch {
             config,
             runtime,
             hostname,
+            boot_id,
             uplink,
+            heartbeat,
             now,
         } = start;
         let services = config.filter.services.iter();
@@ -121,6 +127,7 @@ impl Watch {
             recorder,
             spool,
             uplink,
+            heartbeat,
             filter,
             list,
             interfaces: Interfaces::new(choice, &now),
@@ -145,7 +152,7 @@ impl Watch {
                 losses_since: now.wall_ns,
             },
         };
-        watch.record_start(&now, hostname, &recovered);
+        watch.record_start(&now, hostname, boot_id, &recovered);
         watch.refill().context("cannot fill the kernel's prefix tables")?;
         watch.record_filter(&now);
         if let Some(error) = refused {
@@ -157,7 +164,7 @@ impl Watch {
         Ok(watch)
     }
 
-    fn record_start(&mut self, now: &Now, hostname: Raw, recovered: &Recovered) {
+    fn record_start(&mut self, now: &Now, hostname: Raw, boot_id: [u8; 16], recovered: &Recovered) {
         let uname = rustix::system::uname();
         self.recorder.record(
             now,
@@ -165,7 +172,7 @@ impl Watch {
                 version: env!("CARGO_PKG_VERSION").into(),
                 kernel: Raw::new(uname.release().to_bytes()),
                 hostname,
-                boot_id: boot_id(),
+                boot_id,
                 previous_run_died: recovered.previous_run_died,
             }),
         );
@@ -237,6 +244,7 @@ impl Watch {
             self.record_losses(now);
             self.show_flows(now);
             self.write_status(now);
+            self.beat(now);
         }
         if now.boot_ns >= self.timers.next_muted {
             self.timers.next_muted = now.boot_ns + self.config.report.muted_s * SECOND_NS;
@@ -444,6 +452,18 @@ impl Watch {
         }
     }
 
+    /// Says that the watch goes on: to the server, by the uplink.
+    fn beat(&self, now: &Now) {
+        let spool = self.spool.stats();
+        self.heartbeat.send_replace(Heartbeat {
+            boot_ns: now.boot_ns,
+            wall_ns: now.wall_ns,
+            coverage: self.coverage(),
+            spool_bytes: spool.bytes,
+            oldest_wall_ns: None,
+        });
+    }
+
     fn write_status(&self, now: &Now) {
         let (left_interfaces, left_unnamed) = self.interfaces.left();
         let status = Status {
@@ -492,10 +512,4 @@ impl Watch {
             tracing::error!(error = &error as &dyn std::error::Error, "cannot leave the kernel as it was");
         }
     }
-}
-
-/// `/proc/sys/kernel/random/boot_id`; zeros where it cannot be read.
-fn boot_id() -> [u8; 16] {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    netmon_common::enroll::unhex(&text.trim().replace('-', "")).unwrap_or_default()
 }

@@ -1,4 +1,5 @@
-//! Enrolment and delivery against a small server that speaks the real protocol on loopback.
+//! Enrolment, and delivery to a small server that speaks the version of the protocol before this one, on loopback. The
+//! lab's tests have the real server.
 #![expect(clippy::unwrap_used, reason = "a test may end by a panic, in its helpers too")]
 
 use std::collections::BTreeMap;
@@ -10,11 +11,11 @@ use std::time::Duration;
 use netmon_agent::clock::Now;
 use netmon_agent::identity::{EnrollError, Identity, enroll};
 use netmon_agent::spool::{Limits, Spool, SpoolHandle};
-use netmon_agent::uplink::{self, Introduction, UplinkState, UplinkStatus};
+use netmon_agent::uplink::{self, Introduction, Sources, UplinkState, UplinkStatus};
 use netmon_common::enroll::{self as enrolment, Granted, Reply, Request, Token};
 use netmon_common::model::{Event, Filter, Record};
 use netmon_common::raw::Raw;
-use netmon_common::wire::{self, FRAME_HEADER, FrameHeader, ToAgent, ToServer};
+use netmon_common::wire::{self, FRAME_HEADER, FrameHeader, Heartbeat, ToAgent, ToServer};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, RecvStream};
 use rcgen::{
@@ -279,7 +280,7 @@ impl Server {
     }
 
     fn start(&self, port: u16) -> Endpoint {
-        let endpoint = Endpoint::server(self.ca.server_tls(true, wire::ALPN), loopback(port)).unwrap();
+        let endpoint = Endpoint::server(self.ca.server_tls(true, wire::ALPN_1), loopback(port)).unwrap();
         let listener = endpoint.clone();
         let (store, arrived, kill_after) =
             (Arc::clone(&self.store), Arc::clone(&self.arrived), self.kill_after);
@@ -331,7 +332,7 @@ async fn serve(
                 let next = known.last().map_or(1, |last| last.seq + 1).max(hello.oldest_seq);
                 current = Some((hello.epoch, next));
                 let next_seq = store.pretends.take().unwrap_or(next);
-                ToAgent::Welcome { version: wire::VERSION, next_seq }
+                ToAgent::Welcome { version: 1, next_seq }
             }
             ToServer::Batch(batch) => {
                 let (epoch, next) = current.as_mut().unwrap();
@@ -391,10 +392,19 @@ impl Agent {
     fn start(directory: PathBuf, spool: SpoolHandle) -> Self {
         let (stop, stopped) = watch::channel(false);
         let status = watch::Sender::new(UplinkStatus::default());
-        let introduction = Introduction { agent_version: "0.1.0".into(), hostname: "pc17".into() };
-        let (its_spool, its_status) = (spool.clone(), status.clone());
+        let introduction = Introduction {
+            agent_version: "0.1.0".into(),
+            hostname: "pc17".into(),
+            boot_id: [1; 16],
+            run: 1,
+            previous_died: false,
+            instance: 1,
+        };
+        let heartbeat = watch::Sender::new(Heartbeat { boot_ns: 1, ..Heartbeat::default() });
+        let sources = Sources { spool: spool.clone(), heartbeat: heartbeat.subscribe(), introduction };
+        let its_status = status.clone();
         let task = tokio::spawn(async move {
-            uplink::run_whenever_enrolled(&directory, its_spool, introduction, stopped, its_status).await;
+            uplink::run_whenever_enrolled(&directory, sources, stopped, its_status).await;
         });
         Self { spool, stop, status, task }
     }

@@ -203,7 +203,7 @@ impl Files for Memory {
         }
         content.seen[start..end].copy_from_slice(&bytes[..length]);
         let dirty = &mut content.dirty;
-        *dirty = if dirty.is_empty() { start..end } else { dirty.start.min(start)..dirty.end.max(end) };
+        *dirty = if dirty.start >= dirty.end { start..end } else { dirty.start.min(start)..dirty.end.max(end) };
         Ok(length)
     }
 

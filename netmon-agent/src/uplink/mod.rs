@@ -1,11 +1,13 @@
 //! Brings the spool's records to the server.
 //!
 //! * [`session`]: what to say next, pure
+//! * [`conversation`]: saying it on a connection
 //! * [`backoff`]: when to try again, pure
 //! * [`run`]: the QUIC connection around them
 //! * [`run_whenever_enrolled`]: the same for whatever identity this PC has at the time
 
 pub mod backoff;
+mod conversation;
 pub mod session;
 
 use std::io;
@@ -15,18 +17,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use netmon_common::raw::Raw;
-use netmon_common::wire::{
-    self, BatchBuilder, FRAME_HEADER, FrameHeader, Hello, Item, MAX_BATCH_RECORDS, MAX_FRAME, ToAgent,
-    ToServer, WireError,
-};
-use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{Endpoint, IdleTimeout, RecvStream, SendStream, TransportConfig, VarInt};
-use tokio::sync::{mpsc, watch};
+use netmon_common::wire::{self, Heartbeat, WireError};
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig};
+use quinn::{Endpoint, IdleTimeout, TransportConfig, VarInt};
+use tokio::sync::watch;
 
 use crate::clock::Now;
 use crate::identity::{Identity, IdentityError};
 use crate::spool::{SpoolError, SpoolHandle};
-use session::{Effect, Session, Step, Violation};
+use crate::trust::Trust;
+use conversation::Conversation;
+use session::Violation;
 
 /// Sent when nothing else is: holds NAT bindings open and notices a dead peer within [`IDLE`].
 const KEEP_ALIVE: Duration = Duration::from_secs(3);
@@ -41,9 +42,6 @@ const ANSWER: Duration = Duration::from_secs(30);
 const FAREWELL: Duration = Duration::from_secs(2);
 /// How often a stored identity is looked for: one that came, changed or was repaired.
 const LOOK: Duration = Duration::from_secs(2);
-/// Bytes of records for one batch: what [`BatchBuilder`] takes, with the lengths in front of them.
-const BATCH_BYTES: usize = MAX_FRAME / 2 - 2 * MAX_BATCH_RECORDS as usize;
-
 /// How the uplink stands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UplinkStatus {
@@ -150,6 +148,9 @@ pub enum UplinkError {
     /// The server sent what is no frame.
     #[error("the server does not speak netmon's protocol: {0}")]
     Wire(#[from] WireError),
+    /// The handshake agreed on no version of the protocol.
+    #[error("the server speaks no version of the protocol that this agent speaks; update the older one")]
+    NoVersion,
     /// The server broke the protocol.
     #[error(transparent)]
     Violation(#[from] Violation),
@@ -171,6 +172,25 @@ pub struct Introduction {
     pub agent_version: Raw,
     /// The PC's host name.
     pub hostname: Raw,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: [u8; 16],
+    /// How often the agent had been started with its spool.
+    pub run: u32,
+    /// The run before this one did not end in good order.
+    pub previous_died: bool,
+    /// A random number of this process.
+    pub instance: u64,
+}
+
+/// What the uplink is told by the rest of the agent.
+#[derive(Clone)]
+pub struct Sources {
+    /// What is to be delivered.
+    pub spool: SpoolHandle,
+    /// The newest "still watching", from the loop that watches.
+    pub heartbeat: watch::Receiver<Heartbeat>,
+    /// How this agent presents itself.
+    pub introduction: Introduction,
 }
 
 /// Delivers as whoever this PC is enrolled as at the time: `directory` holds the identity (see [`Identity::load`]) and
@@ -179,11 +199,11 @@ pub struct Introduction {
 /// `status`.
 pub async fn run_whenever_enrolled(
     directory: &Path,
-    spool: SpoolHandle,
-    introduction: Introduction,
+    sources: Sources,
     mut shutdown: watch::Receiver<bool>,
     status: watch::Sender<UplinkStatus>,
 ) {
+    let mut connects = 0;
     // What was said last: `None` nothing, or that it delivers.
     let mut said = None;
     loop {
@@ -198,8 +218,8 @@ pub async fn run_whenever_enrolled(
                     }
                     tracing::info!("this PC has a new identity: connecting as that one");
                 };
-                let (spool, introduction) = (spool.clone(), introduction.clone());
-                match run_until(replaced, &identity, spool, introduction, &mut shutdown, &status).await {
+                let identity = Enrolled { identity, directory };
+                match run_until(replaced, &identity, &sources, &mut connects, &mut shutdown, &status).await {
                     End::Stop => return,
                     End::Replaced => continue,
                 }
@@ -227,6 +247,12 @@ pub async fn run_whenever_enrolled(
     }
 }
 
+/// An identity, and where it is stored.
+struct Enrolled<'a> {
+    identity: Identity,
+    directory: &'a Path,
+}
+
 /// Why a delivery ended.
 enum End {
     Stop,
@@ -235,15 +261,16 @@ enum End {
 
 async fn run_until(
     replaced: impl Future<Output = ()>,
-    identity: &Identity,
-    spool: SpoolHandle,
-    introduction: Introduction,
+    identity: &Enrolled<'_>,
+    sources: &Sources,
+    connects: &mut u32,
     shutdown: &mut watch::Receiver<bool>,
     status: &watch::Sender<UplinkStatus>,
 ) -> End {
     let mut endpoint = None;
+    let spool = &sources.spool;
     let end = {
-        let deliver = deliver(identity, &spool, &introduction, status, &mut endpoint);
+        let deliver = deliver(identity, sources, connects, status, &mut endpoint);
         let stop = async {
             // An error says that the sender is gone: as good as "stop".
             let _ = shutdown.wait_for(|stop| *stop).await;
@@ -306,9 +333,9 @@ pub fn client_endpoint(remote: SocketAddr) -> io::Result<Endpoint> {
 }
 
 async fn deliver(
-    identity: &Identity,
-    spool: &SpoolHandle,
-    introduction: &Introduction,
+    identity: &Enrolled<'_>,
+    sources: &Sources,
+    connects: &mut u32,
     status: &watch::Sender<UplinkStatus>,
     endpoint: &mut Option<Endpoint>,
 ) -> std::convert::Infallible {
@@ -323,16 +350,18 @@ async fn deliver(
         let error = match connect(identity, endpoint, status).await {
             Err(error) => error,
             Ok((connection, local_port)) => {
+                *connects = connects.saturating_add(1);
                 let remote = connection.remote_address();
                 let acked_before = status.borrow().acked;
                 let mut on_welcome = || {
-                    tracing::info!(%remote, backlog = spool.stats().backlog, "connected to the server");
+                    tracing::info!(%remote, backlog = sources.spool.stats().backlog, "connected to the server");
                     let since_wall_ns = Now::read().wall_ns;
                     status.send_modify(|status| {
                         status.state = UplinkState::Connected { remote, local_port, since_wall_ns };
                     });
                 };
-                let Err(error) = converse(&connection, spool, introduction, status, &mut on_welcome).await;
+                let conversation = Conversation { connection: &connection, identity, sources, status };
+                let Err(error) = conversation.run(*connects, &mut on_welcome).await;
                 connection.close(VarInt::from_u32(1), error.to_string().as_bytes());
                 if matches!(status.borrow().state, UplinkState::Connected { .. }) {
                     outage = Now::read();
@@ -349,7 +378,9 @@ async fn deliver(
             getrandom::u64().unwrap_or_else(|_| Now::read().boot_ns.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let age = Duration::from_nanos(Now::read().boot_ns.saturating_sub(outage.boot_ns));
         let pause = match error {
-            UplinkError::Refused(_) | UplinkError::Identity(_) => backoff::pause_after_refusal(random),
+            UplinkError::Refused(_) | UplinkError::Identity(_) | UplinkError::NoVersion => {
+                backoff::pause_after_refusal(random)
+            }
             _ => backoff::pause(attempt, age, random),
         };
         attempt = attempt.saturating_add(1);
@@ -378,11 +409,13 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 }
 
 async fn connect(
-    identity: &Identity,
+    enrolled: &Enrolled<'_>,
     slot: &mut Option<Endpoint>,
     status: &watch::Sender<UplinkStatus>,
 ) -> Result<(quinn::Connection, u16), UplinkError> {
-    let config = quic_config(identity.tls()?).map_err(UplinkError::Quic)?;
+    let Enrolled { identity, directory } = enrolled;
+    let trust = Trust::load(directory, &identity.agent);
+    let config = quic_config(identity.tls(trust.server_ns)?).map_err(UplinkError::Quic)?;
     let resolve = |source| UplinkError::Resolve { address: identity.address.clone(), source };
     let addresses = tokio::time::timeout(CONNECT, tokio::net::lookup_host(&identity.address))
         .await
@@ -416,125 +449,10 @@ async fn connect(
     Err(error)
 }
 
-async fn converse(
-    connection: &quinn::Connection,
-    spool: &SpoolHandle,
-    introduction: &Introduction,
-    status: &watch::Sender<UplinkStatus>,
-    on_welcome: &mut (dyn FnMut() + Send),
-) -> Result<std::convert::Infallible, UplinkError> {
-    let opened = tokio::time::timeout(ANSWER, connection.open_bi()).await.map_err(|_| UplinkError::Stuck)?;
-    let (mut send, receive) = opened.map_err(|error| broken(&error))?;
-    // Reading a frame must not be interrupted half-way: it has a task of its own, which ends with the connection
-    // or with the queue.
-    let (queue, mut messages) = mpsc::channel(16);
-    tokio::spawn(read_frames(receive, queue));
-    let mut changes = spool.changes();
-    let mut session = Session::default();
-    let mut heard_ns = Now::read().boot_ns;
-    loop {
-        changes.borrow_and_update();
-        if !session.expects_answer() {
-            heard_ns = Now::read().boot_ns;
-        }
-        match session.step(&spool.epochs()) {
-            Step::Hello { epoch, oldest_seq } => {
-                say_hello(&mut send, introduction, epoch, oldest_seq).await?
-            }
-            Step::Send { epoch, seq } => {
-                let chunk = spool.read(epoch, seq, MAX_BATCH_RECORDS as usize, BATCH_BYTES).await?;
-                match chunk {
-                    // It was cut or gave way in this moment.
-                    None => {}
-                    Some(chunk) if chunk.first_seq != seq => {
-                        if let Step::Hello { epoch, oldest_seq } = session.skipped(chunk.first_seq) {
-                            say_hello(&mut send, introduction, epoch, oldest_seq).await?;
-                        }
-                    }
-                    Some(chunk) => {
-                        let mut batch = BatchBuilder::default();
-                        let items = chunk.records.into_iter().map(Item::Record);
-                        let count = items.take_while(|item| batch.push(item)).count();
-                        write(&mut send, &ToServer::Batch(batch.finish(epoch, seq)?)).await?;
-                        session.sent(seq + count as u64 - 1);
-                    }
-                }
-            }
-            Step::Wait => {
-                let silent = Duration::from_nanos(Now::read().boot_ns.saturating_sub(heard_ns));
-                let message = tokio::select! {
-                    message = messages.recv() => message,
-                    changed = changes.changed() => match changed {
-                        Ok(()) => continue,
-                        // The handle that we hold keeps the sender alive.
-                        Err(_) => return Err(UplinkError::Broken("the spool is closed".into())),
-                    },
-                    () = tokio::time::sleep(ANSWER.saturating_sub(silent)), if session.expects_answer() => {
-                        return Err(UplinkError::Stuck);
-                    }
-                };
-                let message =
-                    message.unwrap_or_else(|| Err(UplinkError::Broken("the stream ended".into())))?;
-                heard_ns = Now::read().boot_ns;
-                if matches!(message, ToAgent::Welcome { .. }) {
-                    on_welcome();
-                }
-                match session.receive(message, &spool.epochs())? {
-                    Effect::None => {}
-                    Effect::Acked { epoch, seq } => {
-                        spool.acked(epoch, seq).await;
-                        status.send_modify(|status| status.acked = Some((epoch, seq)));
-                    }
-                    Effect::BeginEpoch => {
-                        tracing::warn!(
-                            "the server knows more of this epoch than the spool: a new one begins"
-                        );
-                        spool.begin_epoch().await?;
-                    }
-                    Effect::Refused(reason) => return Err(UplinkError::Refused(reason)),
-                }
-            }
-        }
-    }
-}
-
-async fn say_hello(
-    send: &mut SendStream,
-    introduction: &Introduction,
-    epoch: u64,
-    oldest_seq: u64,
-) -> Result<(), UplinkError> {
-    let Introduction { agent_version, hostname } = introduction.clone();
-    write(
-        send,
-        &ToServer::Hello(Hello { version: wire::VERSION, agent_version, hostname, epoch, oldest_seq }),
-    )
-    .await
-}
-
-async fn write(send: &mut SendStream, message: &ToServer) -> Result<(), UplinkError> {
-    let frame = wire::encode_frame(message)?;
-    let written = tokio::time::timeout(ANSWER, send.write_all(&frame)).await;
-    written.map_err(|_| UplinkError::Stuck)?.map_err(|error| broken(&error))
-}
-
-async fn read_frames(mut receive: RecvStream, queue: mpsc::Sender<Result<ToAgent, UplinkError>>) {
-    loop {
-        let message = read_frame(&mut receive).await;
-        let is_last = message.is_err();
-        if queue.send(message).await.is_err() || is_last {
-            return;
-        }
-    }
-}
-
-async fn read_frame(receive: &mut RecvStream) -> Result<ToAgent, UplinkError> {
-    let mut header = [0; FRAME_HEADER];
-    receive.read_exact(&mut header).await.map_err(|error| broken(&error))?;
-    let header = FrameHeader::parse(header)?;
-    let mut payload = vec![0; header.length];
-    receive.read_exact(&mut payload).await.map_err(|error| broken(&error))?;
-    Ok(header.decode(&payload)?)
+/// The version of the protocol that the handshake agreed on.
+fn version(connection: &quinn::Connection) -> Option<u16> {
+    let data = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
+    wire::version(data.protocol.as_deref()?)
 }
 
 fn broken(error: &dyn std::error::Error) -> UplinkError {

@@ -3,13 +3,9 @@
 use std::collections::VecDeque;
 
 use netmon_common::raw::Raw;
-use netmon_common::wire::{ToAgent, VERSION};
+use netmon_common::wire::{ToAgent, WINDOW};
 
 use crate::spool::EpochRange;
-
-/// Batches that may be on their way without an ack: enough to keep a link busy while the server commits (some
-/// 20 ms), little enough that a broken connection repeats little.
-pub const WINDOW: usize = 4;
 
 /// Calls of [`ToAgent::Resume`] without an ack in between, after which the connection is given up: the two
 /// sides will not agree.
@@ -50,6 +46,13 @@ pub enum Effect {
     },
     /// The server knows records of the current epoch that this spool never wrote: begin another epoch.
     BeginEpoch,
+    /// Look up this record's fingerprint in the spool, then tell [`Session::compared`].
+    Compare {
+        /// The epoch.
+        epoch: u64,
+        /// The record.
+        seq: u64,
+    },
     /// The server will not talk to this agent.
     Refused(Raw),
 }
@@ -57,8 +60,8 @@ pub enum Effect {
 /// The server broke the protocol; the connection is of no use any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
-    /// It speaks another version.
-    #[error("the server speaks version {0} of the protocol, this agent {VERSION}; update the older one")]
+    /// It speaks another version than the handshake agreed on.
+    #[error("the server speaks version {0} of the protocol, which the handshake did not agree on")]
     Version(u16),
     /// A welcome to no hello.
     #[error("the server welcomes without having been greeted")]
@@ -81,12 +84,18 @@ pub enum Violation {
 enum State {
     New,
     Greeted,
+    /// The server expects record `next_seq`; the one before it looks like this there.
+    Comparing {
+        next_seq: u64,
+        last: [u8; 16],
+    },
     Streaming,
 }
 
 /// One connection's conversation.
 #[derive(Debug)]
 pub struct Session {
+    version: u16,
     state: State,
     epoch: u64,
     /// The record to be sent next.
@@ -98,18 +107,23 @@ pub struct Session {
     resumes: u32,
 }
 
-impl Default for Session {
-    fn default() -> Self {
-        Self { state: State::New, epoch: 0, next: 1, sent: 0, in_flight: VecDeque::new(), resumes: 0 }
-    }
-}
-
 impl Session {
+    /// A conversation in this version of the protocol.
+    pub fn new(version: u16) -> Self {
+        let in_flight = VecDeque::new();
+        Self { version, state: State::New, epoch: 0, next: 1, sent: 0, in_flight, resumes: 0 }
+    }
+
+    /// The version of the protocol.
+    pub fn version(&self) -> u16 {
+        self.version
+    }
+
     /// What to do now. `epochs`: [`crate::spool::Spool::epochs`].
     pub fn step(&mut self, epochs: &[EpochRange]) -> Step {
         let Some(first) = epochs.first() else { return Step::Wait };
         match self.state {
-            State::Greeted => Step::Wait,
+            State::Greeted | State::Comparing { .. } => Step::Wait,
             State::New => self.greet(first.epoch, first.oldest),
             // The epoch before is with the server.
             State::Streaming if first.epoch != self.epoch => self.greet(first.epoch, first.oldest),
@@ -146,23 +160,26 @@ impl Session {
         let end = range.map_or(self.next, |range| range.next);
         let is_current = epochs.last().is_some_and(|last| last.epoch == self.epoch);
         match message {
-            ToAgent::Welcome { version, .. } if version != VERSION => Err(Violation::Version(version)),
-            ToAgent::Welcome { .. } if self.state != State::Greeted => Err(Violation::Welcome),
-            ToAgent::Welcome { next_seq, .. } if next_seq > end && is_current => {
-                *self = Self::default();
-                Ok(Effect::BeginEpoch)
+            ToAgent::Welcome { version, .. } if version != self.version || version > 1 => {
+                Err(Violation::Version(version))
             }
-            ToAgent::Welcome { next_seq, .. } => {
+            ToAgent::Expect { .. } if self.version < 2 => Err(Violation::Unasked),
+            ToAgent::Welcome { .. } | ToAgent::Expect { .. } if self.state != State::Greeted => {
+                Err(Violation::Welcome)
+            }
+            ToAgent::Welcome { next_seq, .. } | ToAgent::Expect { next_seq, .. }
+                if next_seq > end && is_current =>
+            {
+                Ok(self.begin_anew())
+            }
+            // An older epoch is not written any more: it has no other continuation than the one that the server has.
+            ToAgent::Expect { next_seq, last: Some(last) } if is_current && next_seq > 1 => {
+                self.state = State::Comparing { next_seq, last };
+                Ok(Effect::Compare { epoch: self.epoch, seq: next_seq - 1 })
+            }
+            ToAgent::Welcome { next_seq, .. } | ToAgent::Expect { next_seq, .. } => {
                 // Of an older epoch the spool may have lost the end that the server still got.
-                let next_seq = next_seq.min(end);
-                self.state = State::Streaming;
-                self.in_flight.clear();
-                self.next = self.next.max(next_seq);
-                self.sent = self.sent.max(self.next);
-                Ok(match next_seq {
-                    0 | 1 => Effect::None,
-                    _ => Effect::Acked { epoch: self.epoch, seq: next_seq - 1 },
-                })
+                Ok(self.stream(next_seq.min(end)))
             }
             // The end of an epoch that was left behind.
             ToAgent::Ack { epoch, .. } if epoch != self.epoch => Ok(Effect::None),
@@ -186,9 +203,33 @@ impl Session {
                 Ok(Effect::None)
             }
             ToAgent::Refused { reason } => Ok(Effect::Refused(reason)),
-            ToAgent::Expect { .. } | ToAgent::Heard { .. } | ToAgent::Renewed { .. } => {
-                Err(Violation::Unasked)
-            }
+            ToAgent::Heard { .. } | ToAgent::Renewed { .. } => Err(Violation::Unasked),
+        }
+    }
+
+    /// The spool has this fingerprint of the record of [`Effect::Compare`]; `None`: it does not have the record any more,
+    /// as usual when that was acknowledged.
+    pub fn compared(&mut self, found: Option<[u8; 16]>) -> Effect {
+        match self.state {
+            State::Comparing { last, .. } if found.is_some_and(|found| found != last) => self.begin_anew(),
+            State::Comparing { next_seq, .. } => self.stream(next_seq),
+            _ => Effect::None,
+        }
+    }
+
+    fn begin_anew(&mut self) -> Effect {
+        *self = Self::new(self.version);
+        Effect::BeginEpoch
+    }
+
+    fn stream(&mut self, next_seq: u64) -> Effect {
+        self.state = State::Streaming;
+        self.in_flight.clear();
+        self.next = self.next.max(next_seq);
+        self.sent = self.sent.max(self.next);
+        match next_seq {
+            0 | 1 => Effect::None,
+            _ => Effect::Acked { epoch: self.epoch, seq: next_seq - 1 },
         }
     }
 
@@ -213,11 +254,11 @@ mod tests {
     }
 
     fn welcome(next_seq: u64) -> ToAgent {
-        ToAgent::Welcome { version: VERSION, next_seq }
+        ToAgent::Expect { next_seq, last: None }
     }
 
     fn streaming(epochs: &[EpochRange], next_seq: u64) -> Session {
-        let mut session = Session::default();
+        let mut session = Session::new(2);
         assert!(matches!(session.step(epochs), Step::Hello { .. }));
         session.receive(welcome(next_seq), epochs).unwrap();
         session
@@ -226,7 +267,7 @@ mod tests {
     #[test]
     fn it_greets_waits_and_sends_from_where_the_server_is() {
         let epochs = [range(7, 1, 11)];
-        let mut session = Session::default();
+        let mut session = Session::new(2);
         assert_eq!(session.step(&epochs), Step::Hello { epoch: 7, oldest_seq: 1 });
         assert_eq!(session.step(&epochs), Step::Wait);
         assert_eq!(session.receive(welcome(5), &epochs), Ok(Effect::Acked { epoch: 7, seq: 4 }));
@@ -269,7 +310,7 @@ mod tests {
     #[test]
     fn a_server_that_knows_more_of_the_current_epoch_makes_a_new_one() {
         let epochs = [range(7, 1, 11)];
-        let mut session = Session::default();
+        let mut session = Session::new(2);
         session.step(&epochs);
         assert_eq!(session.receive(welcome(12), &epochs), Ok(Effect::BeginEpoch));
         let renewed = [range(8, 1, 11)];
@@ -279,7 +320,7 @@ mod tests {
     #[test]
     fn a_server_that_knows_more_of_an_older_epoch_has_it_all() {
         let both = [range(3, 1, 5), range(7, 1, 2)];
-        let mut session = Session::default();
+        let mut session = Session::new(2);
         session.step(&both);
         assert_eq!(session.receive(welcome(9), &both), Ok(Effect::Acked { epoch: 3, seq: 4 }));
     }
@@ -309,9 +350,46 @@ mod tests {
             session.receive(ToAgent::Resume { next_seq: 2 }, &epochs).unwrap();
         }
         assert_eq!(session.receive(ToAgent::Resume { next_seq: 2 }, &epochs), Err(Violation::Resumes));
-        let mut greeted = Session::default();
+        let mut greeted = Session::new(2);
         greeted.step(&epochs);
-        let other = ToAgent::Welcome { version: 3, next_seq: 1 };
-        assert_eq!(greeted.receive(other, &epochs), Err(Violation::Version(3)));
+        let other = ToAgent::Welcome { version: 1, next_seq: 1 };
+        assert_eq!(greeted.receive(other, &epochs), Err(Violation::Version(1)));
+        assert_eq!(Session::new(1).receive(welcome(1), &epochs), Err(Violation::Unasked));
+    }
+
+    #[test]
+    fn a_server_of_the_version_before_is_understood() {
+        let epochs = [range(7, 1, 11)];
+        let mut session = Session::new(1);
+        session.step(&epochs);
+        let old = ToAgent::Welcome { version: 1, next_seq: 5 };
+        assert_eq!(session.receive(old, &epochs), Ok(Effect::Acked { epoch: 7, seq: 4 }));
+        assert_eq!(session.step(&epochs), Step::Send { epoch: 7, seq: 5 });
+    }
+
+    #[test]
+    fn a_spool_that_was_set_back_and_has_grown_since_begins_a_new_epoch() {
+        let epochs = [range(7, 1, 100)];
+        let expect = |found| {
+            let mut session = Session::new(2);
+            session.step(&epochs);
+            let message = ToAgent::Expect { next_seq: 51, last: Some([1; 16]) };
+            assert_eq!(session.receive(message, &epochs), Ok(Effect::Compare { epoch: 7, seq: 50 }));
+            assert_eq!(session.step(&epochs), Step::Wait);
+            session.compared(found)
+        };
+        let goes_on = Effect::Acked { epoch: 7, seq: 50 };
+        assert_eq!(expect(Some([1; 16])), goes_on);
+        assert_eq!(expect(None), goes_on, "it was acknowledged and is gone");
+        assert_eq!(expect(Some([2; 16])), Effect::BeginEpoch);
+    }
+
+    #[test]
+    fn an_older_epoch_is_not_compared() {
+        let both = [range(3, 1, 5), range(7, 1, 2)];
+        let mut session = Session::new(2);
+        session.step(&both);
+        let message = ToAgent::Expect { next_seq: 3, last: Some([1; 16]) };
+        assert_eq!(session.receive(message, &both), Ok(Effect::Acked { epoch: 3, seq: 2 }));
     }
 }
