@@ -7,6 +7,7 @@ mod ebpf_sources;
 mod ip_txt;
 mod setup;
 mod sh;
+mod simulate;
 mod test;
 mod up;
 mod vm;
@@ -43,6 +44,8 @@ enum Chore {
     /// Measure what watching costs, beside other monitors.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Simulate delivery in one process, driven by seeds: faults of disks, network and clocks (docs/simulation.md).
+    Simulate(simulate::Options),
     /// Run a test, or any command, on stock Debian kernels with USB devices that are really plugged in.
     Vm(vm::Args),
     /// Build the kernel programs into target/bpf/netmon-ebpf, where the agent's build takes them from.
@@ -63,6 +66,7 @@ fn main() -> Result<()> {
         Chore::Test { parts } => test::run(&parts),
         Chore::Lab { options } => lab(&options),
         Chore::Bench(bench) => bench::run(&bench),
+        Chore::Simulate(options) => simulate::run(&options),
         Chore::Vm(args) => vm::run(&args),
         Chore::BuildEbpf(options) => ebpf::build(&options),
         Chore::IpTxt { directory, out } => ip_txt::run(&directory, &out),

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::{setup, sh, vm};
+use crate::{setup, sh, simulate, vm};
 
 /// cargo-deny's version: licences, bans and sources of all dependencies.
 const DENY: &str = "0.20.2";
@@ -15,7 +15,7 @@ const DENY: &str = "0.20.2";
 pub enum Part {
     /// Formatting, clippy, dependencies.
     Lint,
-    /// Everything that needs no privilege.
+    /// Everything that needs no privilege; delivery, simulated.
     Unit,
     /// Kernel programs, USB messages and the room, with real packets and real programs; needs root.
     Lab,
@@ -51,6 +51,8 @@ pub fn run(parts: &[Part]) -> Result<()> {
     }
     if wanted(Part::Unit) {
         sh::run(cargo().args(["test", "--locked"]))?;
+        sh::run(cargo().args(["test", "--locked", "--package", "netmon-sim"]))?;
+        simulate::test()?;
     }
     if wanted(Part::Lab) {
         setup::require_root("the lab")?;
