@@ -44,7 +44,7 @@ pub fn run(
     let now = Now::read();
     let log_key = data.log_key(&ca, Duration::from_nanos(u64::try_from(now.wall_ns).unwrap_or_default()))?;
     let (certificate, key) = data.server_identity()?;
-    let mut store = Store::open(&data.store())?;
+    let mut store = Store::open_to_write(&data.store())?;
     store.write(|tx| store::forget_connections(tx)).map_err(|error| {
         let hint = store::hint(&error);
         anyhow::Error::new(error)

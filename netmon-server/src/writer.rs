@@ -60,7 +60,7 @@ impl Writer {
     ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let reopened = path.clone();
-        let committer = Committer::new(store, move || Store::open(&reopened));
+        let committer = Committer::new(store, move || Store::open_to_write(&reopened));
         let thread = Thread { path, committer, logs, queue, runtime, state: State::default() };
         let handle = std::thread::Builder::new().name("writer".into()).spawn(move || thread.run())?;
         Ok((Self { jobs }, handle))
@@ -145,7 +145,7 @@ impl Committer {
     {
         let result = self.try_commit(steps);
         if result.is_err() {
-            // After a failed sync the kernel may have dropped what it did not write: start from the file.
+            // After a failed sync the kernel may have dropped what it did not write: see `Store::settle`.
             self.store = None;
         }
         result

@@ -102,6 +102,7 @@ impl SimAgent {
         }
         let readable = self.readable();
         ledger.started(&readable)?;
+        ledger.began(self.spool.stats().epoch);
         self.seen = self.spool.stats();
         Ok(())
     }
@@ -349,6 +350,7 @@ impl SimAgent {
             let lost = after.lost - before.lost + after.dropped - before.dropped;
             let waiting = after.next_seq - 1 - after.synced_seq;
             let readable = self.readable();
+            ledger.began(after.epoch);
             ledger.moved(before.epoch, &readable, lost, waiting).map_err(Hangup::Broken)?;
             ledger.synced(after.epoch, after.synced_seq);
             self.seen = self.spool.stats();

@@ -219,6 +219,18 @@ impl Disk {
         Self::with(seen.collect(), fastrand::Rng::with_seed(seed))
     }
 
+    /// Writes a file's bytes over themselves and syncs it, if it is there.
+    pub fn rewrite(&self, name: &str) -> Result<(), DiskError> {
+        let file = match self.open(name, false) {
+            Err(DiskError::NotFound) => return Ok(()),
+            file => file?,
+        };
+        let mut bytes = vec![0; self.size(&file)];
+        self.read(&file, 0, &mut bytes)?;
+        self.write(&file, 0, &bytes)?;
+        self.sync(&file)
+    }
+
     /// Opens a file, making it where it is missing and `create` is set.
     ///
     /// # Errors

@@ -39,8 +39,10 @@ pub struct Entry {
     pub left: bool,
     /// It is being numbered anew; its place is not known.
     moving: bool,
-    /// The agent was told that the server has it.
+    /// The agent was told that the server has it, and the store was not set back to a state before that.
     pub acked: bool,
+    /// The agent was once told that the server has it.
+    was_acked: bool,
     /// It may be missing.
     pub excuse: Option<Excuse>,
 }
@@ -114,12 +116,14 @@ impl Ledger {
             left: false,
             moving: false,
             acked: false,
+            was_acked: false,
             excuse: None,
         };
         self.entries.insert(id, entry);
     }
 
-    fn began(&mut self, epoch: u64) {
+    /// The spool is in this epoch.
+    pub fn began(&mut self, epoch: u64) {
         if !self.epochs.contains(&epoch) {
             self.epochs.push(epoch);
         }
@@ -164,7 +168,7 @@ impl Ledger {
             if !entry.promised {
                 return Err(format!("record {id} at {at:x}/{seq} is acknowledged and was never synced"));
             }
-            entry.acked = true;
+            (entry.acked, entry.was_acked) = (true, true);
             news.push(*id);
         }
         Ok(news)
@@ -244,13 +248,17 @@ impl Ledger {
             self.began(place.0);
             let entry =
                 self.entries.get_mut(id).ok_or_else(|| format!("nobody made record {id} at {place:?}"))?;
-            if entry.gone {
+            if entry.gone && !self.is_set_back {
                 return Err(format!("record {id} at {place:?} is back, which was lost before it was synced"));
             }
-            // A file whose removal did not come to disk comes back.
-            entry.left = false;
+            // A file whose removal did not come to disk comes back, and so may what an older state had not synced.
+            (entry.gone, entry.left) = (false, false);
+            if !entry.was_acked {
+                entry.excuse = entry.excuse.filter(|excuse| *excuse != Excuse::SpoolSetBack);
+            }
             if entry.place() != *place {
-                if !moves && !entry.moving {
+                let was_there = self.is_set_back && entry.places.contains(place);
+                if !moves && !entry.moving && !was_there {
                     return Err(format!("record {id} of {:?} stands at {place:?}", entry.place()));
                 }
                 entry.places.push(*place);
@@ -293,9 +301,10 @@ impl Ledger {
         self.entries.values().any(|entry| entry.moving)
     }
 
-    /// What a copy of the spool's files holds.
+    /// What a copy of the spool's files surely holds.
     pub fn snapshot(&self) -> Snapshot {
-        let live = self.entries.iter().filter(|(_, entry)| entry.is_live());
+        let live =
+            self.entries.iter().filter(|(_, entry)| entry.is_live() && entry.promised && !entry.moving);
         live.map(|(id, entry)| (*id, entry.place())).collect()
     }
 
@@ -305,7 +314,10 @@ impl Ledger {
         self.is_disturbed = true;
         for (id, entry) in &mut self.entries {
             if entry.acked && !held.contains(id) {
-                entry.excuse = entry.excuse.or(Some(Excuse::StoreSetBack));
+                // A spool that was set back does not know either that it was there.
+                let excuse = if entry.left { Excuse::SpoolSetBack } else { Excuse::StoreSetBack };
+                entry.excuse = entry.excuse.or(Some(excuse));
+                entry.acked = false;
             }
         }
     }
@@ -325,12 +337,14 @@ impl Ledger {
                     }
                 }
                 None if !entry.promised => entry.gone = true,
-                None if entry.is_live() && !entry.acked => {
+                None => {
                     entry.left = true;
                     entry.moving = false;
-                    entry.excuse = entry.excuse.or(Some(excuse));
+                    // Whatever was to be told of it is not told any more, either.
+                    if !entry.acked || entry.excuse.is_some() {
+                        entry.excuse = Some(excuse);
+                    }
                 }
-                None => entry.left = true,
             }
         }
     }

@@ -18,6 +18,8 @@ use crate::vfs::{self, Mount};
 const QUEUE: usize = 32;
 /// The store's file.
 pub const STORE: &str = "store.sqlite";
+/// Its write-ahead log.
+const LOG: &str = "store.sqlite-wal";
 
 /// What one connection's agent is told, in this order.
 enum Slot {
@@ -100,8 +102,10 @@ impl Server {
     pub fn start(disk: &Disk, checkpoint_pages: u32, mutant: Option<Mutant>) -> Result<Self, String> {
         let mount = vfs::mount(disk);
         let path = mount.path(STORE);
+        let disk = disk.clone();
         let open = move || {
-            let store = Store::open_with(&path, vfs::NAME)?;
+            let rewrite = || disk.rewrite(LOG).map_err(|error| std::io::Error::other(format!("{error:?}")));
+            let store = Store::open_with(&path, vfs::NAME)?.settled(&path, rewrite)?;
             // Where it fails, the store's own figure stays.
             let _ = store.conn().pragma_update(None, "wal_autocheckpoint", checkpoint_pages);
             Ok(store)

@@ -51,6 +51,13 @@ pub enum Fault {
     ServerClock,
 }
 
+impl Fault {
+    /// Does it take away what was promised?
+    pub fn is_destructive(self) -> bool {
+        matches!(self, Self::SpoolDamage | Self::SpoolDeleted | Self::SpoolSetBack | Self::StoreSetBack)
+    }
+}
+
 /// All of them.
 pub const FAULTS: [Fault; 22] = [
     Fault::Cut,

@@ -8,7 +8,9 @@ mod events;
 pub mod history;
 mod presence;
 
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -52,6 +54,14 @@ pub enum StoreError {
         path: PathBuf,
         /// Cause.
         source: std::io::Error,
+    },
+    /// What a failed fsync may have lost cannot be written again.
+    #[error("cannot write the log of the store {path} again; check the disk (`dmesg`, `df`)")]
+    Settle {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
     },
     /// The file belongs to something else.
     #[error("{0} is not a netmon store")]
@@ -131,6 +141,36 @@ impl Store {
         Self::checked(connect(path, Some(vfs))?, path)
     }
 
+    /// [`Store::open`] for the process that adds to the histories, first of all and after each failure: what it finds is
+    /// on disk when this returns.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_to_write(path: &Path) -> Result<Self, StoreError> {
+        Self::open(path)?.settled(path, || rewrite(&log_of(path)))
+    }
+
+    /// Has the write-ahead log written again as it is seen, and synced, by `rewrite`; [`Store::open_to_write`] does.
+    ///
+    /// After a failed fsync the system shows what it did not bring to disk, and takes it for brought there: the next
+    /// fsync says "done" (also to the next process). SQLite, too, takes such a log for what it seems. What is then added
+    /// and synced would be lost with a power cut, for behind a hole in the log everything is void; and a checkpoint would
+    /// mix old and new pages.
+    ///
+    /// # Errors
+    /// [`StoreError`]: nothing must be added.
+    pub fn settled(
+        mut self,
+        path: &Path,
+        rewrite: impl FnOnce() -> io::Result<()>,
+    ) -> Result<Self, StoreError> {
+        // While it is ours to write, nobody else adds to the log or begins it anew.
+        let turn = self.begin().map_err(|source| open_error(path, source))?;
+        rewrite().map_err(|source| StoreError::Settle { path: path.into(), source })?;
+        turn.rollback().map_err(|source| open_error(path, source))?;
+        Ok(self)
+    }
+
     fn checked(mut conn: Connection, path: &Path) -> Result<Self, StoreError> {
         let pragma = |conn: &Connection, name| {
             conn.pragma_query_value(None, name, |row| row.get(0)).map_err(|e| open_error(path, e))
@@ -173,6 +213,25 @@ impl Store {
         tx.commit()?;
         Ok(result)
     }
+}
+
+/// SQLite's write-ahead log of the store.
+fn log_of(path: &Path) -> PathBuf {
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    log.into()
+}
+
+/// Writes a file's bytes over themselves and syncs it. SQLite holds no lock on its log that closing this would drop.
+fn rewrite(path: &Path) -> io::Result<()> {
+    let file = match File::options().read(true).write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file?,
+    };
+    let mut bytes = Vec::new();
+    (&file).read_to_end(&mut bytes)?;
+    file.write_all_at(&bytes, 0)?;
+    file.sync_all()
 }
 
 /// Brings a store of format 1 to format 2, in one transaction.
