@@ -127,6 +127,8 @@ struct State {
     skips_syncs: bool,
     rng: fastrand::Rng,
     mishaps: Mishaps,
+    /// What was asked of it, where that is wanted.
+    log: Option<Vec<String>>,
 }
 
 /// The disk. Clones are the same one.
@@ -149,6 +151,7 @@ impl Disk {
             skips_syncs: false,
             rng,
             mishaps: Mishaps::default(),
+            log: None,
         })))
     }
 
@@ -164,6 +167,16 @@ impl Disk {
     /// Makes it a disk that lies: fsync does nothing.
     pub fn skip_syncs(&self) {
         self.state().skips_syncs = true;
+    }
+
+    /// From now on it remembers what was asked of it, for [`Disk::take_log`].
+    pub fn keep_log(&self) {
+        self.state().log = Some(Vec::new());
+    }
+
+    /// What was asked of it since the last call.
+    pub fn take_log(&self) -> Vec<String> {
+        self.state().log.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Has the process or the machine died in the middle of a call?
@@ -211,6 +224,23 @@ impl Disk {
         Self::with(durable.collect(), fastrand::Rng::with_seed(0))
     }
 
+    /// In which files what is seen is not what surely is on disk, for people who look for a mistake.
+    pub fn differences(&self) -> Vec<String> {
+        let state = self.state();
+        let mut all = Vec::new();
+        for (name, file) in &state.names {
+            let is_named = state.synced_names.get(name).is_some_and(|synced| Arc::ptr_eq(&synced.0, &file.0));
+            let content = file.content();
+            let at = content.seen.iter().zip(&content.synced).position(|(seen, synced)| seen != synced);
+            all.push(format!(
+                "{name}: {} bytes seen, {} synced, first difference {at:?}, name synced {is_named}",
+                content.seen.len(),
+                content.synced.len()
+            ));
+        }
+        all
+    }
+
     /// What is seen now, on a disk of its own: a copy of the files that is consistent.
     pub fn image(&self, seed: u64) -> Self {
         let state = self.state();
@@ -253,7 +283,11 @@ impl Disk {
     /// Removes a name; with `sync`, so that it does not come back.
     pub fn remove(&self, name: &str, sync: bool) -> Result<(), DiskError> {
         let mut state = self.state();
-        state.change()?;
+        let result = state.change();
+        if let Some(log) = &mut state.log {
+            log.push(format!("{name}: remove, synced {sync}: {result:?}"));
+        }
+        result?;
         let removed = state.names.remove(name).ok_or(DiskError::NotFound)?;
         state.free(removed.content().seen.len());
         if sync {
@@ -287,6 +321,7 @@ impl Disk {
         let mut state = self.state();
         let was_dead = state.is_dead;
         let result = state.change();
+        state.note(file, || format!("write {} at {offset}: {result:?}", bytes.len()));
         let mut content = file.content();
         if result.is_err() {
             if !was_dead {
@@ -315,7 +350,9 @@ impl Disk {
     /// Cuts a file's end off.
     pub fn truncate(&self, file: &File, length: usize) -> Result<(), DiskError> {
         let mut state = self.state();
-        state.change()?;
+        let result = state.change();
+        state.note(file, || format!("truncate to {length}: {result:?}"));
+        result?;
         let mut content = file.content();
         state.free(content.seen.len().saturating_sub(length));
         let change = Change::Truncate(length);
@@ -337,6 +374,7 @@ impl Disk {
         }
         let was_dead = state.is_dead;
         let result = state.change();
+        state.note(file, || format!("sync: {result:?}"));
         let mut guard = file.content();
         let content = &mut *guard;
         if let Err(error) = result {
@@ -385,6 +423,13 @@ impl State {
             return Err(DiskError::Io);
         }
         Ok(())
+    }
+
+    fn note(&mut self, file: &File, what: impl FnOnce() -> String) {
+        if let Some(log) = &mut self.log {
+            let name = self.names.iter().find(|(_, other)| Arc::ptr_eq(&other.0, &file.0));
+            log.push(format!("{}: {}", name.map_or("no name", |(name, _)| name), what()));
+        }
     }
 
     fn free(&mut self, bytes: usize) {

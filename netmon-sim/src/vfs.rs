@@ -24,9 +24,11 @@ const MAX_PATH: c_int = 128;
 /// Bytes of one part of the shared memory; SQLite always asks for this much.
 const REGION: usize = 32 * 1024;
 
-static DISKS: Mutex<BTreeMap<u64, Disk>> = Mutex::new(BTreeMap::new());
+/// The disks by their directories' numbers, each with the process that mounted it: what is left of a killed one does
+/// nothing any more.
+static DISKS: Mutex<BTreeMap<u64, (Disk, u64)>> = Mutex::new(BTreeMap::new());
 
-fn disks() -> MutexGuard<'static, BTreeMap<u64, Disk>> {
+fn disks() -> MutexGuard<'static, BTreeMap<u64, (Disk, u64)>> {
     DISKS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -58,14 +60,15 @@ pub fn mount(disk: &Disk) -> Mount {
     });
     let mut disks = disks();
     let number = disks.last_key_value().map_or(1, |(newest, _)| newest + 1);
-    disks.insert(number, disk.clone());
+    disks.insert(number, (disk.clone(), disk.life()));
     Mount(number)
 }
 
-/// The disk and the file that a path names. `None`: no disk of ours.
+/// The disk and the file that a path names. `None`: no disk of ours, or of a process that was killed.
 fn find(path: &CStr) -> Option<(Disk, &str)> {
     let (number, name) = path.to_str().ok()?.strip_prefix('/')?.split_once('/')?;
-    Some((disks().get(&number.parse().ok()?)?.clone(), name))
+    let (disk, life) = disks().get(&number.parse().ok()?)?.clone();
+    (disk.life() == life).then_some((disk, name))
 }
 
 /// What SQLite has open. It allocates this many bytes and lets [`open`] fill them.

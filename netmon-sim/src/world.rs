@@ -193,6 +193,9 @@ impl World {
         let mut rng = fastrand::Rng::with_seed(seed);
         let plan = Plan::new(&mut rng);
         let disk = new_store(rng.u64(..));
+        if with_trace {
+            disk.keep_log();
+        }
         if mutant == Some(Mutant::StoreSkipsSync) {
             disk.skip_syncs();
         }
@@ -239,6 +242,13 @@ impl World {
         }
     }
 
+    /// What the store's disk was asked for since the last time.
+    fn note_disk(&mut self) {
+        if let Some(trace) = &mut self.trace {
+            trace.extend(self.disk.take_log().iter().map(|line| format!("{:4}          {line}", self.step)));
+        }
+    }
+
     fn live(&mut self) -> Result<(), String> {
         self.start_server()?;
         for _ in 0..self.plan.steps {
@@ -247,7 +257,9 @@ impl World {
             self.now_ns += time;
             self.pcs.iter_mut().for_each(|pc| pc.wall_ns += time);
             let action = self.choose();
-            self.act(action)?;
+            let done = self.act(action);
+            self.note_disk();
+            done?;
             self.bury()?;
         }
         self.drain()?;
@@ -617,6 +629,8 @@ impl World {
     /// What is acknowledged would be there after a power cut in this moment.
     fn check_durable(&mut self, pc: usize, ids: &[u64]) -> Result<(), String> {
         self.tally.event("acks compared with the durable store", 1);
+        let differences = self.disk.differences();
+        self.note(|| format!("     {differences:?}"));
         let disk = self.disk.durable();
         let mount = vfs::mount(&disk);
         let store = Store::open_with(&mount.path(server::STORE), vfs::NAME)
@@ -933,6 +947,9 @@ impl World {
         self.links.clear();
         let seed = self.rng.u64(..);
         self.disk = self.store_images[self.rng.usize(..self.store_images.len())].image(seed);
+        if self.trace.is_some() {
+            self.disk.keep_log();
+        }
         self.store_trouble = false;
         let copy = self.disk.image(0);
         let mount = vfs::mount(&copy);
@@ -1007,6 +1024,7 @@ impl World {
             self.deliver_up(link, usize::MAX)?;
         }
         self.commit(usize::MAX)?;
+        self.note_disk();
         for link in self.links.keys().copied().collect::<Vec<_>>() {
             if self.links.get(&link).is_some_and(|link| link.agent_open) {
                 self.deliver_down(link, usize::MAX)?;
