@@ -11,7 +11,7 @@ use netmon_common::wire::{
     MAX_BATCH_RECORDS, MAX_FRAME, ToAgent, ToServer,
 };
 
-use crate::ledger::{Ledger, Readable};
+use crate::ledger::{Ledger, Moved, Readable};
 use crate::machine::Machine;
 use crate::mutants::Mutant;
 
@@ -341,17 +341,25 @@ impl SimAgent {
             self.sync_step(ledger).map_err(Hangup::Broken)?;
         }
         let before = self.spool.stats();
+        let waits = self.spool.epochs().into_iter().find(|range| range.epoch == before.epoch);
         let result = self.spool.begin_epoch();
         if self.machine.is_dead() {
             return Err(Hangup::Spool("died".into()));
         }
         let after = self.spool.stats();
         if after.epoch != before.epoch {
-            let lost = after.lost - before.lost + after.dropped - before.dropped;
-            let waiting = after.next_seq - 1 - after.synced_seq;
-            let readable = self.readable();
+            let moved = Moved {
+                old: before.epoch,
+                oldest: waits.map_or(1, |range| range.oldest),
+                new: after.epoch,
+                lost: after.lost - before.lost,
+                dropped: after.dropped - before.dropped,
+                waiting: after.next_seq - 1 - after.synced_seq,
+            };
+            ledger.refused(moved.lost);
             ledger.began(after.epoch);
-            ledger.moved(before.epoch, &readable, lost, waiting).map_err(Hangup::Broken)?;
+            let readable = self.readable();
+            ledger.moved(&readable, &moved).map_err(Hangup::Broken)?;
             ledger.synced(after.epoch, after.synced_seq);
             self.seen = self.spool.stats();
         }

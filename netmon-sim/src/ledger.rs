@@ -45,9 +45,25 @@ pub struct Entry {
     was_acked: bool,
     /// It may be missing.
     pub excuse: Option<Excuse>,
+    /// The server may have been told that it cannot come.
+    was_given_up: bool,
+    /// It might have been missing at some time: a gap may name it.
+    pub was_excused: bool,
 }
 
 impl Entry {
+    fn excuse(&mut self, excuse: Excuse) {
+        self.excuse = Some(excuse);
+        self.was_given_up |= excuse != Excuse::SpoolSetBack;
+        self.was_excused = true;
+    }
+
+    /// It is not in the spool any more.
+    fn leave(&mut self, excuse: Excuse) {
+        self.excuse(excuse);
+        (self.left, self.moving) = (true, false);
+    }
+
     fn is_live(&self) -> bool {
         !self.gone && !self.left
     }
@@ -78,6 +94,23 @@ pub type Readable = BTreeMap<u64, Place>;
 /// Which records an older state of the spool holds.
 pub type Snapshot = Vec<(u64, Place)>;
 
+/// How an epoch was numbered anew; see [`Ledger::moved`].
+#[derive(Clone, Copy, Debug)]
+pub struct Moved {
+    /// The epoch before.
+    pub old: u64,
+    /// Its oldest record that waited.
+    pub oldest: u64,
+    /// The new epoch.
+    pub new: u64,
+    /// Records that the spool could not take.
+    pub lost: u64,
+    /// Records that gave way.
+    pub dropped: u64,
+    /// Records that are not synced yet.
+    pub waiting: u64,
+}
+
 /// What an agent promised. A record's identity is its boot time: in a simulation no two have the same.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
@@ -91,6 +124,8 @@ pub struct Ledger {
     pub is_store_set_back: bool,
     /// The epochs, in the order in which they began.
     pub epochs: Vec<u64>,
+    /// Epochs in which it is not known which numbers were given to records that were lost at once.
+    pub unclear: BTreeSet<u64>,
     /// Something happened after which a history may begin anew.
     pub is_disturbed: bool,
     /// Records of this run that the spool refused, and those that it reported.
@@ -118,6 +153,8 @@ impl Ledger {
             acked: false,
             was_acked: false,
             excuse: None,
+            was_given_up: false,
+            was_excused: false,
         };
         self.entries.insert(id, entry);
     }
@@ -187,7 +224,7 @@ impl Ledger {
         for (id, entry) in &mut self.entries {
             if entry.is_kept() && !is_there(entry.place()) {
                 vanished.push((*id, entry.place()));
-                (entry.excuse, entry.left) = (Some(Excuse::GaveWay), true);
+                entry.leave(Excuse::GaveWay);
             }
         }
         if vanished.len() as u64 > dropped {
@@ -204,7 +241,7 @@ impl Ledger {
     pub fn cut(&mut self, readable: &Readable) {
         for (id, entry) in &mut self.entries {
             if entry.is_kept() && !readable.contains_key(id) {
-                (entry.excuse, entry.left) = (Some(Excuse::Damaged), true);
+                entry.leave(Excuse::Damaged);
             }
         }
     }
@@ -225,7 +262,7 @@ impl Ledger {
             } else if entry.moving || entry.is_kept() {
                 entry.moving = false;
                 if self.is_damaged {
-                    (entry.excuse, entry.left) = (Some(Excuse::Damaged), true);
+                    entry.leave(Excuse::Damaged);
                 } else {
                     lost.push((*id, entry.place()));
                 }
@@ -253,7 +290,7 @@ impl Ledger {
             }
             // A file whose removal did not come to disk comes back, and so may what an older state had not synced.
             (entry.gone, entry.left) = (false, false);
-            if !entry.was_acked {
+            if !entry.was_acked && !entry.was_given_up {
                 entry.excuse = entry.excuse.filter(|excuse| *excuse != Excuse::SpoolSetBack);
             }
             if entry.place() != *place {
@@ -268,27 +305,39 @@ impl Ledger {
         Ok(())
     }
 
-    /// All of this epoch were to be numbered anew; the spool can read these. `lost` it counted as lost, `waiting` are not
-    /// synced yet.
+    /// What waited in epoch `old` from record `oldest` on was numbered anew, in order, in epoch `new`, as far as `lost`
+    /// do not lack; the spool can read these now. `dropped` gave way meanwhile, `waiting` are not synced yet.
     ///
     /// # Errors
-    /// More are missing.
-    pub fn moved(&mut self, old: u64, readable: &Readable, lost: u64, waiting: u64) -> Result<(), String> {
+    /// More are missing than that.
+    pub fn moved(&mut self, readable: &Readable, moved: &Moved) -> Result<(), String> {
+        let Moved { old, oldest, new, lost, dropped, waiting } = *moved;
         self.found(readable, true)?;
         let mut missing = Vec::new();
         for (id, entry) in &mut self.entries {
-            if entry.is_kept() && entry.place().0 == old {
-                missing.push((*id, entry.place()));
-                if lost > 0 {
-                    (entry.excuse, entry.left) = (Some(Excuse::Unwritable), true);
-                } else {
-                    entry.moving = true;
-                }
+            let (epoch, seq) = entry.place();
+            if readable.contains_key(id) || epoch != old || seq < oldest || !entry.is_live() || !entry.promised {
+                continue;
+            }
+            if lost == 0 {
+                entry.places.push((new, seq - oldest + 1));
+            }
+            if entry.acked || entry.excuse.is_some() {
+                continue;
+            }
+            missing.push((*id, (epoch, seq)));
+            if lost + dropped > 0 {
+                entry.leave(Excuse::Unwritable);
+            } else {
+                entry.moving = lost > 0;
             }
         }
-        if missing.len() as u64 > lost.max(waiting) {
+        if lost > 0 {
+            self.unclear.insert(new);
+        }
+        if missing.len() as u64 > (lost + dropped).max(waiting) {
             return Err(format!(
-                "{} records were not moved to the new epoch, of which {lost} were counted as lost and {waiting} wait: {}",
+                "{} records were not moved to the new epoch ({moved:?}): {}",
                 missing.len(),
                 shown(&missing)
             ));
@@ -316,7 +365,7 @@ impl Ledger {
             if entry.acked && !held.contains(id) {
                 // A spool that was set back does not know either that it was there.
                 let excuse = if entry.left { Excuse::SpoolSetBack } else { Excuse::StoreSetBack };
-                entry.excuse = entry.excuse.or(Some(excuse));
+                entry.excuse(entry.excuse.unwrap_or(excuse));
                 entry.acked = false;
             }
         }
@@ -342,7 +391,7 @@ impl Ledger {
                     entry.moving = false;
                     // Whatever was to be told of it is not told any more, either.
                     if !entry.acked || entry.excuse.is_some() {
-                        entry.excuse = Some(excuse);
+                        entry.excuse(excuse);
                     }
                 }
             }

@@ -1,6 +1,6 @@
 //! Is the store what the agents promised?
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use netmon_common::model::Record;
 use netmon_server::chain::{self, Entry};
@@ -8,7 +8,7 @@ use netmon_server::notice::Notice;
 use netmon_server::store::{AgentId, history};
 use rusqlite::Connection;
 
-use crate::ledger::{Excuse, Ledger};
+use crate::ledger::{Excuse, Ledger, Place};
 
 /// What a history came to.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,9 +27,11 @@ pub struct Verdict {
     pub doubles: u64,
     /// Promised records that are missing, for a reason that is known and said.
     pub missing: u64,
-    /// Missing records whose numbers the server has for others, in an epoch that the spool has left: after a spool was set
-    /// back, a session compares the current epoch only. A known fault of the agent's.
+    /// Missing records whose numbers the server has for others; see [`is_overwritten`].
     pub overwritten: u64,
+    /// Missing records of epochs that gave way wholly before the server heard of them. The spool counted them, but its
+    /// count may have given way, too. A known fault of the agent's.
+    pub unheard: u64,
     /// Missing records that nothing in the store tells of: nobody but the lost disk knew them.
     pub unseen: u64,
 }
@@ -48,14 +50,29 @@ struct History {
     is_noticed: bool,
 }
 
-/// Which records of an agent a store holds, by their identity.
-pub fn held(conn: &Connection, agent: AgentId) -> Result<BTreeSet<u64>, String> {
+/// Which records of an agent a store holds: identity and place.
+pub fn held(conn: &Connection, agent: AgentId) -> Result<BTreeMap<u64, Vec<Place>>, String> {
     let items = history::stored_from(conn, agent, 1, usize::MAX / 2).map_err(|error| error.to_string())?;
-    let id = |item: &history::Stored| match item.entry() {
-        Entry::Record { bytes, .. } => Record::from_bytes(bytes).ok().map(|record| record.boot_ns),
-        _ => None,
-    };
-    Ok(items.iter().filter_map(id).collect())
+    let mut held: BTreeMap<u64, Vec<Place>> = BTreeMap::new();
+    for item in &items {
+        if let Entry::Record { epoch, seq, bytes, .. } = item.entry()
+            && let Ok(record) = Record::from_bytes(bytes)
+        {
+            held.entry(record.boot_ns).or_default().push((epoch, seq));
+        }
+    }
+    Ok(held)
+}
+
+/// Has the server another record under the number of this one, in an epoch that the spool has left? After a spool was set
+/// back, a session compares the current epoch only: a known fault of the agent's.
+pub fn is_overwritten(id: u64, held: &BTreeMap<u64, Vec<Place>>, ledger: &Ledger) -> bool {
+    let Some(entry) = ledger.entries.get(&id) else { return false };
+    ledger.is_set_back
+        && entry.places.iter().any(|place| {
+            let is_taken = held.values().any(|places| places.contains(place));
+            is_taken && ledger.epochs.last() != Some(&place.0)
+        })
 }
 
 /// Is the whole of an agent's history in order, and everything in it that the agent promised?
@@ -97,8 +114,8 @@ pub fn verify(
             let is_excused = ledger
                 .entries
                 .values()
-                .any(|entry| entry.excuse.is_some() && entry.places.contains(&(*epoch, seq)));
-            if !is_excused {
+                .any(|entry| entry.was_excused && entry.places.contains(&(*epoch, seq)));
+            if !is_excused && !ledger.unclear.contains(epoch) {
                 return Err(format!("a gap {epoch:x}/{from}..={to} without a reason for {seq}"));
             }
         }
@@ -109,6 +126,7 @@ pub fn verify(
     if history.is_noticed && !ledger.is_store_set_back {
         return Err("the store is said to be set back, and was not".into());
     }
+    let held = held(conn, agent)?;
     for (id, entry) in &ledger.entries {
         if !entry.promised || entry.gone || history.records.contains_key(id) {
             continue;
@@ -116,13 +134,7 @@ pub fn verify(
         verdict.missing += 1;
         let shown = || format!("promised record {id} of {:x?} ({})", entry.places, kind(entry));
         let Some(excuse) = entry.excuse else {
-            let is_taken = |place: &(u64, u64)| {
-                let is_older = ledger.epochs.last() != Some(&place.0);
-                let taken =
-                    history.records.values().flatten().any(|(epoch, seq, _)| (*epoch, *seq) == *place);
-                is_older && taken
-            };
-            if ledger.is_set_back && entry.places.iter().any(is_taken) {
+            if is_overwritten(*id, &held, ledger) {
                 verdict.overwritten += 1;
                 continue;
             }
@@ -145,6 +157,7 @@ pub fn verify(
             // The server had never heard of it.
             Excuse::Deleted | Excuse::Damaged if !known => verdict.unseen += 1,
             Excuse::StoreSetBack if history.is_noticed => {}
+            Excuse::GaveWay if !known => verdict.unheard += 1,
             // Before the first checkpoint there is no witness.
             Excuse::StoreSetBack if !known => verdict.unseen += 1,
             _ => {

@@ -171,7 +171,7 @@ impl Plan {
             }
         }
         let bytes = match rng.u8(..4) {
-            0 => rng.u64(2_000..12_000),
+            0 if !faults.is_empty() => rng.u64(2_000..12_000),
             _ => 1 << 20,
         };
         let limits =
@@ -639,7 +639,7 @@ impl World {
         let held = oracle::held(store.conn(), *id)?;
         let missing = ids.iter().find(|id| {
             let is_excused = ledger.entries.get(id).is_some_and(|entry| entry.excuse.is_some());
-            !held.contains(id) && !is_excused
+            !held.contains_key(id) && !is_excused && !oracle::is_overwritten(**id, &held, ledger)
         });
         match missing {
             None => Ok(()),
@@ -957,7 +957,7 @@ impl World {
             .map_err(|error| format!("a copy of the store cannot be opened: {error}"))?;
         for pc in &mut self.pcs {
             let held = oracle::held(store.conn(), pc.id)?;
-            pc.ledger.store_set_back(&held);
+            pc.ledger.store_set_back(&held.into_keys().collect());
         }
         Ok(true)
     }
@@ -1034,7 +1034,14 @@ impl World {
         if !agent.is_drained() || agent.expects_answer() {
             return Ok(false);
         }
-        let (refused, reported) = ledger.refusals();
+        let refusals = ledger.refusals();
+        // What is told last shows that something is missing in front of it.
+        self.record_losses(pc)?;
+        let Pc { agent: Some(agent), ledger, .. } = &mut self.pcs[pc] else { return Ok(false) };
+        if !agent.is_drained() || refusals != ledger.refusals() {
+            return Ok(false);
+        }
+        let (refused, reported) = refusals;
         if refused != reported {
             return Err(format!("pc {pc}: the spool refused {refused} records and told of {reported}"));
         }
@@ -1077,6 +1084,7 @@ impl World {
                 "KNOWN: records of a set back spool that are lost in an older epoch",
                 verdict.overwritten,
             );
+            tally.event("KNOWN: records of epochs that gave way before the server heard of them", verdict.unheard);
             tally.event("of these not seen by the server: they were on the lost disk alone", verdict.unseen);
             if self.plan.is_calm() && (verdict.gaps, verdict.restarts, verdict.missing) != (0, 0, 0) {
                 return Err(format!("pc {at}: nothing went wrong, and yet there is {verdict:?}"));
