@@ -39,7 +39,7 @@ pub struct Writer {
 type Answer = Box<dyn FnOnce()>;
 
 /// A step inside the group's transaction.
-type Work = Box<dyn FnOnce(&mut Transaction<'_>) -> rusqlite::Result<Answer> + Send>;
+type Work = Box<dyn FnOnce(&Connection) -> rusqlite::Result<Answer> + Send>;
 
 struct Job {
     /// Whose history it may lengthen.
@@ -59,7 +59,9 @@ impl Writer {
         runtime: Handle,
     ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let (jobs, queue) = mpsc::channel(QUEUE);
-        let thread = Thread { path, store: Some(store), logs, queue, runtime, state: State::default() };
+        let reopened = path.clone();
+        let committer = Committer::new(store, move || Store::open_to_write(&reopened));
+        let thread = Thread { path, committer, logs, queue, runtime, state: State::default() };
         let handle = std::thread::Builder::new().name("writer".into()).spawn(move || thread.run())?;
         Ok((Self { jobs }, handle))
     }
@@ -88,10 +90,8 @@ impl Writer {
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<oneshot::Receiver<T>, Unavailable> {
         let (reply, answer) = oneshot::channel();
-        let work = Box::new(move |tx: &mut Transaction<'_>| {
-            let savepoint = tx.savepoint()?;
-            let result = work(&savepoint)?;
-            savepoint.commit()?;
+        let work = Box::new(move |conn: &Connection| {
+            let result = work(conn)?;
             // Whoever asked may be gone; the work is done all the same.
             Ok(Box::new(move || drop(reply.send(result))) as Answer)
         });
@@ -107,17 +107,88 @@ impl Writer {
 
 /// Why a group was not committed.
 #[derive(Debug, thiserror::Error)]
-enum GroupError {
+pub enum GroupError {
+    /// The store cannot be opened again after a failure.
     #[error(transparent)]
     Open(#[from] StoreError),
+    /// Nothing of the group is in the store.
     #[error("cannot commit")]
     Commit(#[from] rusqlite::Error),
 }
 
-struct Thread {
-    path: PathBuf,
+/// Commits groups of steps. After a failure it opens the store anew.
+pub struct Committer {
+    open: Box<dyn Fn() -> Result<Store, StoreError> + Send>,
     /// `None` after a failure: what SQLite holds in memory is not trusted after one.
     store: Option<Store>,
+}
+
+impl Committer {
+    /// Commits to `store`; `open` opens the same one.
+    pub fn new(store: Store, open: impl Fn() -> Result<Store, StoreError> + Send + 'static) -> Self {
+        Self { open: Box::new(open), store: Some(store) }
+    }
+
+    /// The store, unless it failed and was not opened anew yet.
+    pub fn store(&self) -> Option<&Store> {
+        self.store.as_ref()
+    }
+
+    /// Does steps in one transaction and commits it; their results, in order. What a step that fails has changed is
+    /// undone, it has no result, and the others go on.
+    ///
+    /// # Errors
+    /// [`GroupError`]: nothing of the group is in the store.
+    pub fn commit<W, T>(&mut self, steps: impl IntoIterator<Item = W>) -> Result<Vec<T>, GroupError>
+    where
+        W: FnOnce(&Connection) -> rusqlite::Result<T>,
+    {
+        let result = self.try_commit(steps);
+        if result.is_err() {
+            // After a failed sync the kernel may have dropped what it did not write: see `Store::settle`.
+            self.store = None;
+        }
+        result
+    }
+
+    fn try_commit<W, T>(&mut self, steps: impl IntoIterator<Item = W>) -> Result<Vec<T>, GroupError>
+    where
+        W: FnOnce(&Connection) -> rusqlite::Result<T>,
+    {
+        let store = match &mut self.store {
+            Some(store) => store,
+            none => none.insert((self.open)()?),
+        };
+        let mut tx = store.begin()?;
+        let mut results = Vec::new();
+        for step in steps {
+            match in_savepoint(&mut tx, step) {
+                Ok(result) => results.push(result),
+                // SQLite gave up the whole transaction (disk full, I/O error).
+                Err(error) if tx.is_autocommit() => return Err(error.into()),
+                Err(error) => {
+                    tracing::error!(error = %error, hint = store::hint(&error), "one step could not be stored");
+                }
+            }
+        }
+        tx.commit()?;
+        Ok(results)
+    }
+}
+
+fn in_savepoint<T>(
+    tx: &mut Transaction<'_>,
+    step: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    let savepoint = tx.savepoint()?;
+    let result = step(&savepoint)?;
+    savepoint.commit()?;
+    Ok(result)
+}
+
+struct Thread {
+    path: PathBuf,
+    committer: Committer,
     logs: SeatLogs,
     queue: mpsc::Receiver<Job>,
     runtime: Handle,
@@ -138,7 +209,7 @@ impl Thread {
         self.catch_up();
         while let Some(group) = self.next_group() {
             let agents = group.iter().filter_map(|job| job.agent).collect::<Vec<_>>();
-            match self.commit(group) {
+            match self.committer.commit(group.into_iter().map(|job| job.work)) {
                 Ok(answers) => {
                     if std::mem::take(&mut self.state.store_fails) {
                         tracing::info!("the store takes records again");
@@ -170,30 +241,7 @@ impl Thread {
         })
     }
 
-    fn commit(&mut self, group: Vec<Job>) -> Result<Vec<Answer>, GroupError> {
-        let store = match &mut self.store {
-            Some(store) => store,
-            none => none.insert(Store::open(&self.path)?),
-        };
-        let mut tx = store.begin()?;
-        let mut answers = Vec::with_capacity(group.len());
-        for job in group {
-            match (job.work)(&mut tx) {
-                Ok(answer) => answers.push(answer),
-                // SQLite gave up the whole transaction (disk full, I/O error).
-                Err(error) if tx.is_autocommit() => return Err(error.into()),
-                Err(error) => {
-                    tracing::error!(error = %error, hint = store::hint(&error), "one step could not be stored");
-                }
-            }
-        }
-        tx.commit()?;
-        Ok(answers)
-    }
-
     fn failed(&mut self, error: &GroupError) {
-        // After a failed sync the kernel may have dropped what it did not write: start from the file.
-        self.store = None;
         if !std::mem::replace(&mut self.state.store_fails, true) {
             let hint = match error {
                 GroupError::Open(_) => None,
@@ -208,7 +256,7 @@ impl Thread {
 
     /// The logs of all seats, after a start: a crash may have left them behind the store.
     fn catch_up(&mut self) {
-        let Some(store) = &self.store else { return };
+        let Some(store) = self.committer.store() else { return };
         match store::summaries(store.conn()) {
             Ok(summaries) => self.state.behind.extend(summaries.iter().map(|summary| summary.agent.id)),
             Err(error) => tracing::warn!(error = %error, "cannot look for logs that are behind"),
@@ -218,7 +266,7 @@ impl Thread {
     }
 
     fn write_logs(&mut self) {
-        let Some(store) = &self.store else { return };
+        let Some(store) = self.committer.store() else { return };
         let mut failure = None;
         for agent in std::mem::take(&mut self.state.behind) {
             if let Err(error) = self.logs.update(store.conn(), agent) {
@@ -235,7 +283,7 @@ impl Thread {
 
     fn save_logs(&mut self) {
         self.state.saved_ns = clock::wall_ns();
-        let Some(store) = &self.store else { return };
+        let Some(store) = self.committer.store() else { return };
         if let Err(error) = self.logs.save(store.conn()) {
             self.note_logs(Some(error));
         }

@@ -8,6 +8,7 @@ mod fuzz;
 mod ip_txt;
 mod setup;
 mod sh;
+mod simulate;
 mod test;
 mod torture;
 mod up;
@@ -51,6 +52,8 @@ enum Chore {
     /// Measure what watching costs, beside other monitors.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Simulate delivery in one process, driven by seeds: faults of disks, network and clocks (docs/simulation.md).
+    Simulate(simulate::Options),
     /// Run a test, or any command, on stock Debian kernels with USB devices that are really plugged in.
     Vm(vm::Args),
     /// Feed whatever comes from outside with any bytes at all, guided by coverage, and keep what is found.
@@ -74,6 +77,7 @@ fn main() -> Result<()> {
         Chore::Lab { options } => lab(&options),
         Chore::Torture { options } => torture::run(&options),
         Chore::Bench(bench) => bench::run(&bench),
+        Chore::Simulate(options) => simulate::run(&options),
         Chore::Vm(args) => vm::run(&args),
         Chore::Fuzz(options) => fuzz::run(&options),
         Chore::BuildEbpf(options) => ebpf::build(&options),

@@ -8,7 +8,9 @@ mod events;
 pub mod history;
 mod presence;
 
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -53,6 +55,14 @@ pub enum StoreError {
         /// Cause.
         source: std::io::Error,
     },
+    /// What a failed fsync may have lost cannot be written again.
+    #[error("cannot write the log of the store {path} again; check the disk (`dmesg`, `df`)")]
+    Settle {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
     /// The file belongs to something else.
     #[error("{0} is not a netmon store")]
     NotAStore(PathBuf),
@@ -89,7 +99,20 @@ impl Store {
             .mode(0o600)
             .open(path)
             .map_err(|source| StoreError::Create { path: path.into(), source })?;
-        let mut conn = connect(path)?;
+        Self::make(path, None)
+    }
+
+    /// [`Store::create`] on a file system that the caller registered with SQLite (a "VFS") under this name: in
+    /// simulations.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn create_with(path: &Path, vfs: &str) -> Result<Self, StoreError> {
+        Self::make(path, Some(vfs))
+    }
+
+    fn make(path: &Path, vfs: Option<&str>) -> Result<Self, StoreError> {
+        let mut conn = connect(path, vfs)?;
         let open_error = |source| open_error(path, source);
         let version: i32 = conn.pragma_query_value(None, "user_version", |r| r.get(0)).map_err(open_error)?;
         if version == 0 {
@@ -107,7 +130,45 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        Self::checked(connect(path)?, path)
+        Self::checked(connect(path, None)?, path)
+    }
+
+    /// [`Store::open`] on a file system that the caller registered with SQLite under this name: in simulations.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_with(path: &Path, vfs: &str) -> Result<Self, StoreError> {
+        Self::checked(connect(path, Some(vfs))?, path)
+    }
+
+    /// [`Store::open`] for the process that adds to the histories, first of all and after each failure: what it finds is
+    /// on disk when this returns.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_to_write(path: &Path) -> Result<Self, StoreError> {
+        Self::open(path)?.settled(path, || rewrite(&log_of(path)))
+    }
+
+    /// Has the write-ahead log written again as it is seen, and synced, by `rewrite`; [`Store::open_to_write`] does.
+    ///
+    /// After a failed fsync the system shows what it did not bring to disk, and takes it for brought there: the next
+    /// fsync says "done" (also to the next process). SQLite, too, takes such a log for what it seems. What is then added
+    /// and synced would be lost with a power cut, for behind a hole in the log everything is void; and a checkpoint would
+    /// mix old and new pages.
+    ///
+    /// # Errors
+    /// [`StoreError`]: nothing must be added.
+    pub fn settled(
+        mut self,
+        path: &Path,
+        rewrite: impl FnOnce() -> io::Result<()>,
+    ) -> Result<Self, StoreError> {
+        // While it is ours to write, nobody else adds to the log or begins it anew.
+        let turn = self.begin().map_err(|source| open_error(path, source))?;
+        rewrite().map_err(|source| StoreError::Settle { path: path.into(), source })?;
+        turn.rollback().map_err(|source| open_error(path, source))?;
+        Ok(self)
     }
 
     /// Opens a store of this format, or of the one before, which is brought to this one. Only for the server itself, and
@@ -116,14 +177,15 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn open_or_migrate(path: &Path) -> Result<Self, StoreError> {
-        let mut conn = connect(path)?;
-        let version = |conn: &Connection, name| {
+        let conn = connect(path, None)?;
+        let pragma = |conn: &Connection, name| {
             conn.pragma_query_value::<i32, _>(None, name, |row| row.get(0)).map_err(|e| open_error(path, e))
         };
-        if version(&conn, "application_id")? == APPLICATION_ID && version(&conn, "user_version")? == 1 {
-            migrate(&mut conn).map_err(|source| open_error(path, source))?;
+        if pragma(&conn, "application_id")? == APPLICATION_ID && pragma(&conn, "user_version")? == 1 {
+            let mut store = Self { conn }.settled(path, || rewrite(&log_of(path)))?;
+            migrate(&mut store.conn).map_err(|source| open_error(path, source))?;
         }
-        Self::checked(conn, path)
+        Self::open_to_write(path)
     }
 
     fn checked(conn: Connection, path: &Path) -> Result<Self, StoreError> {
@@ -167,6 +229,25 @@ impl Store {
     }
 }
 
+/// SQLite's write-ahead log of the store.
+fn log_of(path: &Path) -> PathBuf {
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    log.into()
+}
+
+/// Writes a file's bytes over themselves and syncs it. SQLite holds no lock on its log that closing this would drop.
+fn rewrite(path: &Path) -> io::Result<()> {
+    let file = match File::options().read(true).write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file?,
+    };
+    let mut bytes = Vec::new();
+    (&file).read_to_end(&mut bytes)?;
+    file.write_all_at(&bytes, 0)?;
+    file.sync_all()
+}
+
 /// Brings a store of format 1 to format 2, in one transaction.
 fn migrate(conn: &mut Connection) -> rusqlite::Result<()> {
     let tx = conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -181,10 +262,16 @@ fn migrate(conn: &mut Connection) -> rusqlite::Result<()> {
     tx.commit()
 }
 
-fn connect(path: &Path) -> Result<Connection, StoreError> {
+fn connect(path: &Path, vfs: Option<&str>) -> Result<Connection, StoreError> {
     let connect = || {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let conn = Connection::open_with_flags(path, flags)?;
+        let conn = match vfs {
+            None => Connection::open_with_flags(path, flags)?,
+            // Nobody but SQLite makes a file there.
+            Some(vfs) => {
+                Connection::open_with_flags_and_vfs(path, flags | OpenFlags::SQLITE_OPEN_CREATE, vfs)?
+            }
+        };
         conn.busy_timeout(BUSY)?;
         conn.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         conn.pragma_update(None, "synchronous", "FULL")?;

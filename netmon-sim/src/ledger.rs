@@ -1,0 +1,414 @@
+//! What an agent promised: every record that it ever made, and what became of it as far as the spool's promises go.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use netmon_agent::spool::EpochRange;
+use netmon_common::model::{Event, Record};
+
+/// Why a promised record may be missing at the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Excuse {
+    /// The spool was full.
+    GaveWay,
+    /// The spool's files were damaged.
+    Damaged,
+    /// The spool's disk did not take it when it was to be numbered anew.
+    Unwritable,
+    /// The spool was deleted.
+    Deleted,
+    /// The spool was set back to an older state.
+    SpoolSetBack,
+    /// The store was set back to an older state.
+    StoreSetBack,
+}
+
+/// Epoch and number.
+pub type Place = (u64, u64);
+
+/// A record that was made.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    record: Record,
+    /// Where it stands and stood; the last one counts.
+    pub places: Vec<Place>,
+    /// It was synced.
+    pub promised: bool,
+    /// It was never synced and did not survive.
+    pub gone: bool,
+    /// It was promised, and is not in the spool any more though it was not acknowledged.
+    pub left: bool,
+    /// It is being numbered anew; its place is not known.
+    moving: bool,
+    /// The agent was told that the server has it, and the store was not set back to a state before that.
+    pub acked: bool,
+    /// The agent was once told that the server has it.
+    was_acked: bool,
+    /// It may be missing.
+    pub excuse: Option<Excuse>,
+    /// The server may have been told that it cannot come.
+    was_given_up: bool,
+    /// It might have been missing at some time: a gap may name it.
+    pub was_excused: bool,
+}
+
+impl Entry {
+    fn excuse(&mut self, excuse: Excuse) {
+        self.excuse = Some(excuse);
+        self.was_given_up |= excuse != Excuse::SpoolSetBack;
+        self.was_excused = true;
+    }
+
+    /// It is not in the spool any more.
+    fn leave(&mut self, excuse: Excuse) {
+        self.excuse(excuse);
+        (self.left, self.moving) = (true, false);
+    }
+
+    fn is_live(&self) -> bool {
+        !self.gone && !self.left
+    }
+
+    fn place(&self) -> Place {
+        self.places.last().copied().unwrap_or_default()
+    }
+
+    /// It must be in the spool.
+    fn is_kept(&self) -> bool {
+        self.is_live() && self.promised && !self.acked && !self.moving && self.excuse.is_none()
+    }
+
+    /// Its bytes under this number.
+    pub fn bytes(&self, seq: u64) -> Vec<u8> {
+        Record { seq, ..self.record.clone() }.to_bytes().unwrap_or_default()
+    }
+
+    /// What happened.
+    pub fn event(&self) -> &Event {
+        &self.record.event
+    }
+}
+
+/// The spool's records at one moment, by their identity.
+pub type Readable = BTreeMap<u64, Place>;
+
+/// Which records an older state of the spool holds.
+pub type Snapshot = Vec<(u64, Place)>;
+
+/// How an epoch was numbered anew; see [`Ledger::moved`].
+#[derive(Clone, Copy, Debug)]
+pub struct Moved {
+    /// The epoch before.
+    pub old: u64,
+    /// Its oldest record that waited.
+    pub oldest: u64,
+    /// The new epoch.
+    pub new: u64,
+    /// Records that the spool could not take.
+    pub lost: u64,
+    /// Records that gave way.
+    pub dropped: u64,
+    /// Records that are not synced yet.
+    pub waiting: u64,
+}
+
+/// What an agent promised. A record's identity is its boot time: in a simulation no two have the same.
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    /// By identity.
+    pub entries: BTreeMap<u64, Entry>,
+    /// The spool's files were damaged, and no start has read them since.
+    pub is_damaged: bool,
+    /// The spool was set back at least once: records may come twice.
+    pub is_set_back: bool,
+    /// The store was set back at least once.
+    pub is_store_set_back: bool,
+    /// The epochs, in the order in which they began.
+    pub epochs: Vec<u64>,
+    /// Epochs in which it is not known which numbers were given to records that were lost at once.
+    pub unclear: BTreeSet<u64>,
+    /// Something happened after which a history may begin anew.
+    pub is_disturbed: bool,
+    /// Records of this run that the spool refused, and those that it reported.
+    refused: u64,
+    reported: u64,
+}
+
+impl Ledger {
+    /// Makes the identity of the next record.
+    pub fn next_id(&self) -> u64 {
+        self.entries.last_key_value().map_or(1, |(newest, _)| newest + 1)
+    }
+
+    /// A record was appended.
+    pub fn appended(&mut self, epoch: u64, record: Record) {
+        let id = record.boot_ns;
+        self.began(epoch);
+        let entry = Entry {
+            places: vec![(epoch, record.seq)],
+            record,
+            promised: false,
+            gone: false,
+            left: false,
+            moving: false,
+            acked: false,
+            was_acked: false,
+            excuse: None,
+            was_given_up: false,
+            was_excused: false,
+        };
+        self.entries.insert(id, entry);
+    }
+
+    /// The spool is in this epoch.
+    pub fn began(&mut self, epoch: u64) {
+        if !self.epochs.contains(&epoch) {
+            self.epochs.push(epoch);
+        }
+    }
+
+    /// The spool refused an event.
+    pub fn refused(&mut self, count: u64) {
+        self.refused += count;
+    }
+
+    /// The spool's own gap for refused events was appended.
+    pub fn reported(&mut self, count: u64) {
+        self.reported += count;
+    }
+
+    /// Refused events of this run, and those that the spool has told of.
+    pub fn refusals(&self) -> (u64, u64) {
+        (self.refused, self.reported)
+    }
+
+    /// The spool was synced up to this record.
+    pub fn synced(&mut self, epoch: u64, through: u64) {
+        for entry in self.entries.values_mut().rev() {
+            let (at, seq) = entry.place();
+            if entry.is_live() && at == epoch && seq <= through {
+                entry.promised = true;
+            }
+        }
+    }
+
+    /// The agent was told that the server has everything up to this record; which records that is news of.
+    ///
+    /// # Errors
+    /// One of them was never synced.
+    pub fn acked(&mut self, epoch: u64, through: u64) -> Result<Vec<u64>, String> {
+        let mut news = Vec::new();
+        for (id, entry) in &mut self.entries {
+            let (at, seq) = entry.place();
+            if !entry.is_live() || entry.acked || at != epoch || seq > through || entry.moving {
+                continue;
+            }
+            if !entry.promised {
+                return Err(format!("record {id} at {at:x}/{seq} is acknowledged and was never synced"));
+            }
+            (entry.acked, entry.was_acked) = (true, true);
+            news.push(*id);
+        }
+        Ok(news)
+    }
+
+    /// The spool runs: nothing that it promised may have vanished, but for `dropped` records that gave way by its own
+    /// count.
+    ///
+    /// # Errors
+    /// More than that are gone.
+    pub fn audit(&mut self, ranges: &[EpochRange], dropped: u64) -> Result<(), String> {
+        let is_there = |(epoch, seq): Place| {
+            ranges.iter().any(|range| range.epoch == epoch && (range.oldest..range.next).contains(&seq))
+        };
+        let mut vanished = Vec::new();
+        for (id, entry) in &mut self.entries {
+            if entry.is_kept() && !is_there(entry.place()) {
+                vanished.push((*id, entry.place()));
+                entry.leave(Excuse::GaveWay);
+            }
+        }
+        if vanished.len() as u64 > dropped {
+            return Err(format!(
+                "{} records vanished from the spool, which counted {dropped}: {}",
+                vanished.len(),
+                shown(&vanished)
+            ));
+        }
+        Ok(())
+    }
+
+    /// Damage was cut out of the spool, which can read these.
+    pub fn cut(&mut self, readable: &Readable) {
+        for (id, entry) in &mut self.entries {
+            if entry.is_kept() && !readable.contains_key(id) {
+                entry.leave(Excuse::Damaged);
+            }
+        }
+    }
+
+    /// A run began with a spool that can read these.
+    ///
+    /// # Errors
+    /// A promised record is not among them, or one that nobody made, or one under another number.
+    pub fn started(&mut self, readable: &Readable) -> Result<(), String> {
+        (self.refused, self.reported) = (0, 0);
+        self.found(readable, false)?;
+        let mut lost = Vec::new();
+        for (id, entry) in &mut self.entries {
+            if readable.contains_key(id) {
+                entry.promised = true;
+            } else if !entry.promised {
+                entry.gone = true;
+            } else if entry.moving || entry.is_kept() {
+                entry.moving = false;
+                if self.is_damaged {
+                    entry.leave(Excuse::Damaged);
+                } else {
+                    lost.push((*id, entry.place()));
+                }
+            }
+        }
+        if lost.is_empty() {
+            // A start reads everything.
+            self.is_damaged = false;
+            return Ok(());
+        }
+        Err(format!("promised records are not in the spool after a start: {}", shown(&lost)))
+    }
+
+    /// The spool can read these; with `moves` they may stand under new numbers.
+    ///
+    /// # Errors
+    /// As [`Ledger::started`].
+    pub fn found(&mut self, readable: &Readable, moves: bool) -> Result<(), String> {
+        for (id, place) in readable {
+            self.began(place.0);
+            let entry =
+                self.entries.get_mut(id).ok_or_else(|| format!("nobody made record {id} at {place:?}"))?;
+            if entry.gone && !self.is_set_back {
+                return Err(format!("record {id} at {place:?} is back, which was lost before it was synced"));
+            }
+            // A file whose removal did not come to disk comes back, and so may what an older state had not synced.
+            (entry.gone, entry.left) = (false, false);
+            if !entry.was_acked && !entry.was_given_up {
+                entry.excuse = entry.excuse.filter(|excuse| *excuse != Excuse::SpoolSetBack);
+            }
+            if entry.place() != *place {
+                let was_there = self.is_set_back && entry.places.contains(place);
+                if !moves && !entry.moving && !was_there {
+                    return Err(format!("record {id} of {:?} stands at {place:?}", entry.place()));
+                }
+                entry.places.push(*place);
+            }
+            entry.moving = false;
+        }
+        Ok(())
+    }
+
+    /// What waited in epoch `old` from record `oldest` on was numbered anew, in order, in epoch `new`, as far as `lost`
+    /// do not lack; the spool can read these now. `dropped` gave way meanwhile, `waiting` are not synced yet.
+    ///
+    /// # Errors
+    /// More are missing than that.
+    pub fn moved(&mut self, readable: &Readable, moved: &Moved) -> Result<(), String> {
+        let Moved { old, oldest, new, lost, dropped, waiting } = *moved;
+        self.found(readable, true)?;
+        let mut missing = Vec::new();
+        for (id, entry) in &mut self.entries {
+            let (epoch, seq) = entry.place();
+            if readable.contains_key(id)
+                || epoch != old
+                || seq < oldest
+                || !entry.is_live()
+                || !entry.promised
+            {
+                continue;
+            }
+            if lost == 0 {
+                entry.places.push((new, seq - oldest + 1));
+            }
+            if entry.acked || entry.excuse.is_some() {
+                continue;
+            }
+            missing.push((*id, (epoch, seq)));
+            if lost + dropped > 0 {
+                entry.leave(Excuse::Unwritable);
+            } else {
+                entry.moving = lost > 0;
+            }
+        }
+        if lost > 0 {
+            self.unclear.insert(new);
+        }
+        if missing.len() as u64 > (lost + dropped).max(waiting) {
+            return Err(format!(
+                "{} records were not moved to the new epoch ({moved:?}): {}",
+                missing.len(),
+                shown(&missing)
+            ));
+        }
+        Ok(())
+    }
+
+    /// Is the place of some record unknown?
+    pub fn has_moving(&self) -> bool {
+        self.entries.values().any(|entry| entry.moving)
+    }
+
+    /// What a copy of the spool's files surely holds.
+    pub fn snapshot(&self) -> Snapshot {
+        let live =
+            self.entries.iter().filter(|(_, entry)| entry.is_live() && entry.promised && !entry.moving);
+        live.map(|(id, entry)| (*id, entry.place())).collect()
+    }
+
+    /// The store was set back to a state in which it holds these.
+    pub fn store_set_back(&mut self, held: &BTreeSet<u64>) {
+        self.is_store_set_back = true;
+        self.is_disturbed = true;
+        for (id, entry) in &mut self.entries {
+            if entry.acked && !held.contains(id) {
+                // A spool that was set back does not know either that it was there.
+                let excuse = if entry.left { Excuse::SpoolSetBack } else { Excuse::StoreSetBack };
+                entry.excuse(entry.excuse.unwrap_or(excuse));
+                entry.acked = false;
+            }
+        }
+    }
+
+    /// The spool was set back (to nothing: deleted).
+    pub fn set_back(&mut self, to: &Snapshot, excuse: Excuse) {
+        let is_set_back = excuse == Excuse::SpoolSetBack;
+        self.is_set_back |= is_set_back;
+        self.is_disturbed = true;
+        let held: BTreeMap<u64, Place> = to.iter().copied().collect();
+        for (id, entry) in &mut self.entries {
+            match held.get(id) {
+                Some(place) => {
+                    (entry.gone, entry.left, entry.moving) = (false, false, false);
+                    if entry.place() != *place {
+                        entry.places.push(*place);
+                    }
+                }
+                None if !entry.promised => entry.gone = true,
+                None => {
+                    entry.left = true;
+                    entry.moving = false;
+                    // Whatever was to be told of it is not told any more, either.
+                    if !entry.acked || entry.excuse.is_some() {
+                        entry.excuse(excuse);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn shown(records: &[(u64, Place)]) -> String {
+    let mut shown: Vec<String> =
+        records.iter().take(8).map(|(id, (epoch, seq))| format!("{id} at {epoch:x}/{seq}")).collect();
+    if records.len() > 8 {
+        shown.push("…".into());
+    }
+    shown.join(", ")
+}
