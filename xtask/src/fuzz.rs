@@ -123,7 +123,8 @@ impl Place {
         Command::new(directory.join(target))
     }
 
-    /// As few and as small inputs as reach everything that the corpus reaches, smallest first.
+    /// As few inputs as reach every place in the code that the corpus reaches, smallest first. How often they get there (which
+    /// is what the fuzzer goes by, too) does not count here: that would be five times as many.
     fn minimised(&self, target: &str, work: &Path) -> Result<Vec<PathBuf>> {
         let minimal = self.root.join("minimal").join(target);
         if minimal.exists() {
@@ -133,7 +134,7 @@ impl Place {
         let log = self.root.join(format!("{target}.merge.log"));
         let status = self
             .binary(target)
-            .arg("-merge=1")
+            .args(["-set_cover_merge=1", "-use_counters=0"])
             .args([&minimal, work])
             .stderr(File::create(&log).with_context(|| format!("cannot create {}", log.display()))?)
             .status()

@@ -6,9 +6,6 @@ use anyhow::Result;
 
 use crate::{setup, sh};
 
-/// The seeds that every test runs. As many fresh ones, drawn from the time and said, run beside them.
-const SEEDS: u32 = 500;
-
 /// What to simulate.
 #[derive(clap::Args)]
 pub struct Options {
@@ -47,13 +44,6 @@ pub fn run(options: &Options) -> Result<()> {
         simulation.args(["--mutant", mutant]);
     }
     sh::run(&mut simulation)
-}
-
-/// As every test does it: the same seeds each time, and fresh ones.
-pub fn test() -> Result<()> {
-    let seeds = SEEDS.to_string();
-    sh::run(simulation().args(["--from", "1", "--seeds", &seeds]))?;
-    sh::run(simulation().args(["--seeds", &seeds]))
 }
 
 fn simulation() -> Command {
