@@ -16,6 +16,7 @@ pub fn record(data: &[u8]) {
     let again = record.to_bytes().expect("it fitted");
     assert_eq!(Record::from_bytes(&again).as_ref(), Ok(&record));
     assert!(again.len() < data.len() || again == data, "two encodings of {record:?}");
+    assert!(Record::from_bytes(&[data, &[0]].concat()).is_err(), "something behind {record:?}");
 }
 
 static ZONES: LazyLock<[TimeZone; 4]> = LazyLock::new(|| {

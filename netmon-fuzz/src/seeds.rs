@@ -337,6 +337,12 @@ pub fn spool() -> Vec<Vec<u8>> {
         bytes.truncate(at);
         (number, bytes)
     };
+    let damaged = |(number, mut bytes): (u8, Vec<u8>)| {
+        if let Some(last) = bytes.last_mut() {
+            *last ^= 1;
+        }
+        (number, bytes)
+    };
     let records = records();
     let first = segment(1, 7, 1, &records[..3]);
     let second = segment(2, 7, 4, &records[3..6]);
@@ -350,7 +356,8 @@ pub fn spool() -> Vec<Vec<u8>> {
         [piece(first.clone()), piece(second.clone()), run_file(r#"{"run":3,"stopped":[7,7]}"#)].concat(),
         [piece(first.clone()), piece(second.clone()), piece(third.clone()), died.clone()].concat(),
         [piece(first.clone()), piece(cut(second.clone(), 100)), died.clone()].concat(),
-        [piece(cut(first.clone(), 20)), piece(second), died.clone()].concat(),
+        [piece(cut(first.clone(), 20)), piece(second.clone()), died.clone()].concat(),
+        [piece(first.clone()), piece(damaged(second)), died.clone()].concat(),
         [piece(first.clone()), run_file("not JSON")].concat(),
         [piece(cut(first, 70)), piece(third)].concat(),
         [&built(1, 1, 1, 9)[..], &built(2, 1, 3, 9), &died].concat(),

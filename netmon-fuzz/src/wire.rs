@@ -40,12 +40,16 @@ fn conversation<T: DeserializeOwned + Serialize + PartialEq + Debug>(data: &[u8]
             stays(&message, payload);
         }
     }
-    let mut header = [0; FRAME_HEADER];
-    header[..4].copy_from_slice(&(data.len() as u32).to_le_bytes());
-    header[4..].copy_from_slice(&crc32c::crc32c(data).to_le_bytes());
-    let message = FrameHeader::parse(header).ok()?.decode::<T>(data).ok()?;
+    let message = with_right_header(data)?;
     stays(&message, data);
     Some(message)
+}
+
+fn with_right_header<T: DeserializeOwned>(payload: &[u8]) -> Option<T> {
+    let mut header = [0; FRAME_HEADER];
+    header[..4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+    header[4..].copy_from_slice(&crc32c::crc32c(payload).to_le_bytes());
+    FrameHeader::parse(header).ok()?.decode(payload).ok()
 }
 
 fn stays<T: DeserializeOwned + Serialize + PartialEq + Debug>(message: &T, payload: &[u8]) {
@@ -54,6 +58,8 @@ fn stays<T: DeserializeOwned + Serialize + PartialEq + Debug>(message: &T, paylo
     let header = FrameHeader::parse(*header).expect("our own header");
     assert_eq!(header.decode::<T>(again).as_ref(), Ok(message));
     assert!(again.len() < payload.len() || again == payload, "two encodings of {message:?}");
+    let longer = [payload, &[0]].concat();
+    assert!(with_right_header::<T>(&longer).is_none(), "something behind {message:?}");
 }
 
 /// The content of a batch: two bytes for the number of items, the first record's number, and the items as they are
