@@ -77,9 +77,12 @@ pub(super) fn segment_name(number: u64) -> String {
     format!("{number:010}.seg")
 }
 
+/// Higher numbers are in no name of ours: the next one must fit, too.
+const MAX_NUMBER: u64 = u64::MAX / 2;
+
 fn segment_number(name: &str) -> Option<u64> {
     let number = name.strip_suffix(".seg")?.parse().ok()?;
-    (segment_name(number) == name).then_some(number)
+    (number <= MAX_NUMBER && segment_name(number) == name).then_some(number)
 }
 
 impl Spool<Disk> {
