@@ -39,7 +39,7 @@ pub enum News {
     /// The server has these now.
     Acked(Vec<u64>),
     /// A new epoch began, because the server knows other records.
-    BeganEpoch,
+    BeganEpoch(Option<Moved>),
     /// A checkpoint to be kept.
     Checkpoint(Checkpoint),
 }
@@ -329,14 +329,14 @@ impl SimAgent {
                 if !ledger.is_set_back {
                     return Err(Hangup::Broken("the server knows records that the spool never had".into()));
                 }
-                self.begin_epoch(ledger)?;
-                Ok(Some(News::BeganEpoch))
+                Ok(Some(News::BeganEpoch(self.begin_epoch(ledger)?)))
             }
             Effect::Refused(reason) => Err(Hangup::Refused(reason.escaped().to_string())),
         }
     }
 
-    fn begin_epoch(&mut self, ledger: &mut Ledger) -> Result<(), Hangup> {
+    fn begin_epoch(&mut self, ledger: &mut Ledger) -> Result<Option<Moved>, Hangup> {
+        let mut report = None;
         while self.sync.is_some() {
             self.sync_step(ledger).map_err(Hangup::Broken)?;
         }
@@ -349,6 +349,7 @@ impl SimAgent {
         let after = self.spool.stats();
         if after.epoch != before.epoch {
             let moved = Moved {
+                failed: result.is_err(),
                 old: before.epoch,
                 oldest: waits.map_or(1, |range| range.oldest),
                 new: after.epoch,
@@ -360,10 +361,12 @@ impl SimAgent {
             ledger.began(after.epoch);
             let readable = self.readable();
             ledger.moved(&readable, &moved).map_err(Hangup::Broken)?;
+            report = Some(moved);
             ledger.synced(after.epoch, after.synced_seq);
             self.seen = self.spool.stats();
         }
-        result.map_err(|error| Hangup::Spool(error.to_string()))
+        result.map_err(|error| Hangup::Spool(error.to_string()))?;
+        Ok(report)
     }
 
     /// Everything that the spool would hand out, from its files.

@@ -4,9 +4,25 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use netmon_agent::spool::Files;
+use netmon_agent::spool::format::{HEADER, Header, frames};
 use netmon_agent::spool::sim::{Memory, Node};
 
 use crate::mutants::Mutant;
+
+/// The spool's files in a few words, for people who look for a mistake.
+pub fn describe(memory: &Memory) -> String {
+    let shown = memory.names().into_iter().map(|name| {
+        let mut bytes = vec![0; 1 << 20];
+        let length = memory.open(&name).and_then(|file| memory.read_at(&file, &mut bytes, 0)).unwrap_or(0);
+        bytes.truncate(length);
+        let Ok(header) = Header::decode(&bytes) else { return format!("{name}: {length} bytes") };
+        let mut records = frames(&bytes[HEADER..], header.first_seq);
+        let count = records.by_ref().count();
+        let (epoch, first, rest) = (header.epoch, header.first_seq, records.rest());
+        format!("{name}: {count} records from {epoch:x}/{first} on, {rest} bytes behind")
+    });
+    shown.collect::<Vec<_>>().join("; ")
+}
 
 /// The spool's directory, until the process dies. Clones are the same one.
 #[derive(Clone)]

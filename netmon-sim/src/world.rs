@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::OnceLock;
 
 use netmon_agent::spool::Limits;
+use netmon_agent::spool::format::HEADER;
 use netmon_agent::spool::sim::Memory;
 use netmon_common::model::{Event, Gap, GapReason, Hook, Interface};
 use netmon_common::raw::Raw;
@@ -14,7 +15,7 @@ use netmon_server::store::{AgentId, Store};
 use crate::agent::{Hangup, News, SimAgent};
 use crate::disk::{Disk, Trouble};
 use crate::ledger::{Excuse, Ledger, Snapshot};
-use crate::machine::Machine;
+use crate::machine::{self, Machine};
 use crate::mutants::Mutant;
 use crate::oracle;
 use crate::server::{self, Output, Server};
@@ -615,7 +616,7 @@ impl World {
                         self.check_durable(pc, &ids)?;
                     }
                 }
-                Some(News::BeganEpoch) => {
+                Some(News::BeganEpoch(_)) => {
                     self.tally.event("epochs begun as the server knew other records", 1)
                 }
                 Some(News::Checkpoint(checkpoint)) => self.pcs[pc].witness = Some(checkpoint),
@@ -687,6 +688,8 @@ impl World {
         let seed = self.rng.u64(..);
         let records = if self.rng.bool() { self.rng.usize(1..6) } else { 500 };
         let (limits, mutant) = (self.plan.limits, self.mutant);
+        let files = self.trace.as_ref().map(|_| machine::describe(&self.pcs[at].memory));
+        self.note(|| format!("     {}", files.unwrap_or_default()));
         let pc = &mut self.pcs[at];
         let machine = Machine::new(pc.memory.clone(), None, mutant);
         let mut agent = match SimAgent::start(machine, limits, seed, records, mutant, &mut pc.ledger) {
@@ -858,6 +861,7 @@ impl World {
                 true
             }
         };
+        self.note(|| format!("     at pc {at} if at a PC; done: {is_done}"));
         if is_done {
             self.tally.fault(fault);
         }
@@ -894,7 +898,11 @@ impl World {
         pc.ledger.is_disturbed = true;
         pc.memory.damage(&name, |bytes| match rng.u8(..4) {
             _ if bytes.is_empty() => {}
-            0 => bytes.truncate(rng.usize(..bytes.len())),
+            // A file that ends behind a whole record looks like one that was set back.
+            0 if bytes.len() > HEADER => {
+                bytes.truncate(rng.usize(HEADER..bytes.len()));
+                bytes.extend([0xff; 3]);
+            }
             1 => {
                 let from = rng.usize(..bytes.len());
                 let to = rng.usize(from..bytes.len());
@@ -1084,7 +1092,11 @@ impl World {
                 "KNOWN: records of a set back spool that are lost in an older epoch",
                 verdict.overwritten,
             );
-            tally.event("KNOWN: records of epochs that gave way before the server heard of them", verdict.unheard);
+            tally.event("KNOWN: records that a start found and did not sync", verdict.left_over);
+            tally.event(
+                "KNOWN: records of epochs that gave way before the server heard of them",
+                verdict.unheard,
+            );
             tally.event("of these not seen by the server: they were on the lost disk alone", verdict.unseen);
             if self.plan.is_calm() && (verdict.gaps, verdict.restarts, verdict.missing) != (0, 0, 0) {
                 return Err(format!("pc {at}: nothing went wrong, and yet there is {verdict:?}"));
