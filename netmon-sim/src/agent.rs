@@ -12,7 +12,7 @@ use netmon_common::wire::{
 };
 
 use crate::ledger::{Ledger, Moved, Readable};
-use crate::machine::Machine;
+use crate::machine::{self, Machine};
 use crate::mutants::Mutant;
 
 /// More records than a simulation has.
@@ -101,7 +101,7 @@ impl SimAgent {
             return Err("a new epoch begins without a reason".into());
         }
         let readable = self.readable();
-        ledger.started(&readable)?;
+        ledger.started(&readable, &machine::durable(self.machine.memory()))?;
         ledger.began(self.spool.stats().epoch);
         self.seen = self.spool.stats();
         Ok(())

@@ -14,8 +14,8 @@ pub enum Excuse {
     Damaged,
     /// The spool's disk did not take it when it was to be numbered anew.
     Unwritable,
-    /// No fsync of the run that made it brought it to disk; a later run found it and had it, until the power was cut. A
-    /// known fault of the spool's: only the newest file is written again at a start.
+    /// A start found it in what the system shows of a file and the disk does not have, until the power was cut. A known
+    /// fault of the spool's: only the newest file is written again at a start.
     LeftOver,
     /// It was to be numbered anew, and that was broken off by the spool's disk. A known fault of the spool's: it does not
     /// count what is left then, and removes it.
@@ -39,7 +39,7 @@ pub struct Entry {
     pub places: Vec<Place>,
     /// It was synced.
     pub promised: bool,
-    /// No fsync of the run that made it brought it to disk, but a later start found it.
+    /// A start found it, and did not bring it to disk.
     was_left_over: bool,
     /// It was never synced and did not survive.
     pub gone: bool,
@@ -257,17 +257,17 @@ impl Ledger {
         }
     }
 
-    /// A run began with a spool that can read these.
+    /// A run began with a spool that can read these, and of which these would outlast a power cut.
     ///
     /// # Errors
     /// A promised record is not among them, or one that nobody made, or one under another number.
-    pub fn started(&mut self, readable: &Readable) -> Result<(), String> {
+    pub fn started(&mut self, readable: &Readable, durable: &BTreeSet<u64>) -> Result<(), String> {
         (self.refused, self.reported) = (0, 0);
         self.found(readable, false)?;
         let mut lost = Vec::new();
         for (id, entry) in &mut self.entries {
             if readable.contains_key(id) {
-                entry.was_left_over |= !entry.promised;
+                entry.was_left_over = !durable.contains(id);
                 entry.promised = true;
             } else if !entry.promised {
                 entry.gone = true;

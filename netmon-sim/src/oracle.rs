@@ -160,7 +160,7 @@ pub fn verify(
             // The record was on that disk alone, and what came before the state to which it was set back, too.
             Excuse::SpoolSetBack => verdict.unseen += 1,
             // The server had never heard of it.
-            Excuse::Deleted | Excuse::Damaged if !known => verdict.unseen += 1,
+            Excuse::Deleted | Excuse::Damaged if !known || ledger.is_set_back => verdict.unseen += 1,
             Excuse::StoreSetBack if history.is_noticed => {}
             Excuse::NotMoved => verdict.not_moved += 1,
             Excuse::LeftOver => verdict.left_over += 1,

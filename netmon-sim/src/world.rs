@@ -167,7 +167,7 @@ impl Plan {
         let mut faults: Vec<(u32, Fault)> = Vec::new();
         for fault in FAULTS {
             if rng.u8(..16) < share {
-                let most = if fault.is_destructive() { 4 } else { 16 };
+                let most = if fault.is_destructive() { 2 } else { 16 };
                 faults.push((rng.u32(1..=most), fault));
             }
         }
@@ -802,17 +802,7 @@ impl World {
         let is_done = match fault {
             Fault::Cut => self.cut_link(),
             Fault::Partition => !std::mem::replace(&mut self.pcs[at].is_cut_off, true),
-            Fault::AgentStop => match self.pcs[at].agent.is_some() {
-                true => {
-                    self.agent_hangs_up(at);
-                    let pc = &mut self.pcs[at];
-                    match pc.agent.take() {
-                        Some(agent) => agent.close(&mut pc.ledger).map(|()| true)?,
-                        None => false,
-                    }
-                }
-                false => false,
-            },
+            Fault::AgentStop => self.stop_agent(at)?,
             Fault::AgentKill | Fault::PcPowerCut => {
                 let was_up = self.pcs[at].agent.is_some();
                 self.agent_dies(at, fault == Fault::PcPowerCut);
@@ -866,6 +856,19 @@ impl World {
             self.tally.fault(fault);
         }
         Ok(())
+    }
+
+    fn stop_agent(&mut self, at: usize) -> Result<bool, String> {
+        self.agent_hangs_up(at);
+        let pc = &mut self.pcs[at];
+        let Some(agent) = pc.agent.take() else { return Ok(false) };
+        let machine = agent.machine.clone();
+        agent.close(&mut pc.ledger)?;
+        if machine.is_dead() {
+            let power = pc.loses_power;
+            self.agent_dies(at, power);
+        }
+        Ok(true)
     }
 
     fn cut_link(&mut self) -> bool {
