@@ -12,7 +12,7 @@ use netmon_common::wire::{
 };
 
 use crate::ledger::{Ledger, Moved, Readable};
-use crate::machine::Machine;
+use crate::machine::{self, Machine};
 use crate::mutants::Mutant;
 
 /// More records than a simulation has.
@@ -39,7 +39,7 @@ pub enum News {
     /// The server has these now.
     Acked(Vec<u64>),
     /// A new epoch began, because the server knows other records.
-    BeganEpoch,
+    BeganEpoch(Option<Moved>),
     /// A checkpoint to be kept.
     Checkpoint(Checkpoint),
 }
@@ -101,7 +101,7 @@ impl SimAgent {
             return Err("a new epoch begins without a reason".into());
         }
         let readable = self.readable();
-        ledger.started(&readable)?;
+        ledger.started(&readable, &machine::durable(self.machine.memory()))?;
         ledger.began(self.spool.stats().epoch);
         self.seen = self.spool.stats();
         Ok(())
@@ -328,14 +328,14 @@ impl SimAgent {
                 if !ledger.is_set_back {
                     return Err(Hangup::Broken("the server knows records that the spool never had".into()));
                 }
-                self.begin_epoch(ledger)?;
-                Ok(Some(News::BeganEpoch))
+                Ok(Some(News::BeganEpoch(self.begin_epoch(ledger)?)))
             }
             Effect::Refused(reason) => Err(Hangup::Refused(reason.escaped().to_string())),
         }
     }
 
-    fn begin_epoch(&mut self, ledger: &mut Ledger) -> Result<(), Hangup> {
+    fn begin_epoch(&mut self, ledger: &mut Ledger) -> Result<Option<Moved>, Hangup> {
+        let mut report = None;
         while self.sync.is_some() {
             self.sync_step(ledger).map_err(Hangup::Broken)?;
         }
@@ -348,6 +348,7 @@ impl SimAgent {
         let after = self.spool.stats();
         if after.epoch != before.epoch {
             let moved = Moved {
+                failed: result.is_err(),
                 old: before.epoch,
                 oldest: waits.map_or(1, |range| range.oldest),
                 new: after.epoch,
@@ -359,10 +360,12 @@ impl SimAgent {
             ledger.began(after.epoch);
             let readable = self.readable();
             ledger.moved(&readable, &moved).map_err(Hangup::Broken)?;
+            report = Some(moved);
             ledger.synced(after.epoch, after.synced_seq);
             self.seen = self.spool.stats();
         }
-        result.map_err(|error| Hangup::Spool(error.to_string()))
+        result.map_err(|error| Hangup::Spool(error.to_string()))?;
+        Ok(report)
     }
 
     /// Everything that the spool would hand out, from its files.

@@ -14,6 +14,12 @@ pub enum Excuse {
     Damaged,
     /// The spool's disk did not take it when it was to be numbered anew.
     Unwritable,
+    /// A start found it in what the system shows of a file and the disk does not have, until the power was cut. A known
+    /// fault of the spool's: only the newest file is written again at a start.
+    LeftOver,
+    /// It was to be numbered anew, and that was broken off by the spool's disk. A known fault of the spool's: it does not
+    /// count what is left then, and removes it.
+    NotMoved,
     /// The spool was deleted.
     Deleted,
     /// The spool was set back to an older state.
@@ -33,6 +39,8 @@ pub struct Entry {
     pub places: Vec<Place>,
     /// It was synced.
     pub promised: bool,
+    /// A start found it, and did not bring it to disk.
+    was_left_over: bool,
     /// It was never synced and did not survive.
     pub gone: bool,
     /// It was promised, and is not in the spool any more though it was not acknowledged.
@@ -95,8 +103,10 @@ pub type Readable = BTreeMap<u64, Place>;
 pub type Snapshot = Vec<(u64, Place)>;
 
 /// How an epoch was numbered anew; see [`Ledger::moved`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moved {
+    /// It was broken off.
+    pub failed: bool,
     /// The epoch before.
     pub old: u64,
     /// Its oldest record that waited.
@@ -147,6 +157,7 @@ impl Ledger {
             places: vec![(epoch, record.seq)],
             record,
             promised: false,
+            was_left_over: false,
             gone: false,
             left: false,
             moving: false,
@@ -246,16 +257,17 @@ impl Ledger {
         }
     }
 
-    /// A run began with a spool that can read these.
+    /// A run began with a spool that can read these, and of which these would outlast a power cut.
     ///
     /// # Errors
     /// A promised record is not among them, or one that nobody made, or one under another number.
-    pub fn started(&mut self, readable: &Readable) -> Result<(), String> {
+    pub fn started(&mut self, readable: &Readable, durable: &BTreeSet<u64>) -> Result<(), String> {
         (self.refused, self.reported) = (0, 0);
         self.found(readable, false)?;
         let mut lost = Vec::new();
         for (id, entry) in &mut self.entries {
             if readable.contains_key(id) {
+                entry.was_left_over = !durable.contains(id);
                 entry.promised = true;
             } else if !entry.promised {
                 entry.gone = true;
@@ -263,6 +275,8 @@ impl Ledger {
                 entry.moving = false;
                 if self.is_damaged {
                     entry.leave(Excuse::Damaged);
+                } else if entry.was_left_over {
+                    entry.leave(Excuse::LeftOver);
                 } else {
                     lost.push((*id, entry.place()));
                 }
@@ -311,9 +325,10 @@ impl Ledger {
     /// # Errors
     /// More are missing than that.
     pub fn moved(&mut self, readable: &Readable, moved: &Moved) -> Result<(), String> {
-        let Moved { old, oldest, new, lost, dropped, waiting } = *moved;
+        let Moved { failed, old, oldest, new, lost, dropped, waiting } = *moved;
         self.found(readable, true)?;
         let mut missing = Vec::new();
+        let is_clear = lost == 0 && !self.is_damaged;
         for (id, entry) in &mut self.entries {
             let (epoch, seq) = entry.place();
             if readable.contains_key(id)
@@ -324,20 +339,28 @@ impl Ledger {
             {
                 continue;
             }
-            if lost == 0 {
+            if is_clear {
                 entry.places.push((new, seq - oldest + 1));
             }
             if entry.acked || entry.excuse.is_some() {
+                continue;
+            }
+            if self.is_damaged {
+                entry.leave(Excuse::Damaged);
+                continue;
+            }
+            if failed && missing.len() as u64 >= lost + dropped + waiting {
+                entry.leave(Excuse::NotMoved);
                 continue;
             }
             missing.push((*id, (epoch, seq)));
             if lost + dropped > 0 {
                 entry.leave(Excuse::Unwritable);
             } else {
-                entry.moving = lost > 0;
+                entry.moving = true;
             }
         }
-        if lost > 0 {
+        if !is_clear {
             self.unclear.insert(new);
         }
         if missing.len() as u64 > (lost + dropped).max(waiting) {

@@ -1,12 +1,53 @@
 //! A PC's disk as the agent's process sees it: the process, or the whole machine, may die in the middle of a call.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use netmon_agent::spool::Files;
+use netmon_agent::spool::format::{Frame, HEADER, Header, frames};
 use netmon_agent::spool::sim::{Memory, Node};
 
+use netmon_common::model::Record;
+
 use crate::mutants::Mutant;
+
+/// The spool's files in a few words, for people who look for a mistake.
+pub fn describe(memory: &Memory) -> String {
+    let shown = memory.names().into_iter().map(|name| {
+        let bytes = content(memory, &name);
+        let Ok(header) = Header::decode(&bytes) else { return format!("{name}: {} bytes", bytes.len()) };
+        let mut records = frames(&bytes[HEADER..], header.first_seq);
+        let count = records.by_ref().count();
+        let (epoch, first, rest) = (header.epoch, header.first_seq, records.rest());
+        format!("{name}: {count} records from {epoch:x}/{first} on, {rest} bytes behind")
+    });
+    shown.collect::<Vec<_>>().join("; ")
+}
+
+/// The records that a power cut would surely leave, by their identity.
+pub fn durable(memory: &Memory) -> BTreeSet<u64> {
+    let memory = memory.durable();
+    let mut durable = BTreeSet::new();
+    for name in memory.names() {
+        let bytes = content(&memory, &name);
+        if let Ok(header) = Header::decode(&bytes) {
+            for (_, frame) in frames(&bytes[HEADER..], header.first_seq) {
+                if let Frame::Record(bytes) = frame {
+                    durable.extend(Record::from_bytes(bytes).map(|record| record.boot_ns));
+                }
+            }
+        }
+    }
+    durable
+}
+
+fn content(memory: &Memory, name: &str) -> Vec<u8> {
+    let mut bytes = vec![0; 1 << 20];
+    let length = memory.open(name).and_then(|file| memory.read_at(&file, &mut bytes, 0)).unwrap_or(0);
+    bytes.truncate(length);
+    bytes
+}
 
 /// The spool's directory, until the process dies. Clones are the same one.
 #[derive(Clone)]
@@ -32,6 +73,11 @@ impl Machine {
     /// It dies with this call from now on.
     pub fn die_in(&self, calls: u64) {
         self.fate().dies_in = Some(calls);
+    }
+
+    /// Its files.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     /// Has it died?

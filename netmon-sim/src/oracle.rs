@@ -32,6 +32,10 @@ pub struct Verdict {
     /// Missing records of epochs that gave way wholly before the server heard of them. The spool counted them, but its
     /// count may have given way, too. A known fault of the agent's.
     pub unheard: u64,
+    /// Missing records that a run had only because a start found them; see [`Excuse::LeftOver`].
+    pub left_over: u64,
+    /// Missing records; see [`Excuse::NotMoved`].
+    pub not_moved: u64,
     /// Missing records that nothing in the store tells of: nobody but the lost disk knew them.
     pub unseen: u64,
 }
@@ -111,10 +115,11 @@ pub fn verify(
         verdict.gaps += 1;
         verdict.gap_records += to - from + 1;
         for seq in *from..=*to {
-            let is_excused = ledger
-                .entries
-                .values()
-                .any(|entry| entry.was_excused && entry.places.contains(&(*epoch, seq)));
+            // One that was numbered anew after it had come may give way, too.
+            let is_excused = ledger.entries.iter().any(|(id, entry)| {
+                let may_lack = entry.was_excused || history.records.contains_key(id);
+                may_lack && entry.places.contains(&(*epoch, seq))
+            });
             if !is_excused && !ledger.unclear.contains(epoch) {
                 return Err(format!("a gap {epoch:x}/{from}..={to} without a reason for {seq}"));
             }
@@ -155,8 +160,10 @@ pub fn verify(
             // The record was on that disk alone, and what came before the state to which it was set back, too.
             Excuse::SpoolSetBack => verdict.unseen += 1,
             // The server had never heard of it.
-            Excuse::Deleted | Excuse::Damaged if !known => verdict.unseen += 1,
+            Excuse::Deleted | Excuse::Damaged if !known || ledger.is_set_back => verdict.unseen += 1,
             Excuse::StoreSetBack if history.is_noticed => {}
+            Excuse::NotMoved => verdict.not_moved += 1,
+            Excuse::LeftOver => verdict.left_over += 1,
             Excuse::GaveWay if !known => verdict.unheard += 1,
             // Before the first checkpoint there is no witness.
             Excuse::StoreSetBack if !known => verdict.unseen += 1,

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::OnceLock;
 
 use netmon_agent::spool::Limits;
+use netmon_agent::spool::format::HEADER;
 use netmon_agent::spool::sim::Memory;
 use netmon_common::model::{Event, Gap, GapReason, Hook, Interface};
 use netmon_common::raw::Raw;
@@ -14,7 +15,7 @@ use netmon_server::store::{AgentId, Store};
 use crate::agent::{Hangup, News, SimAgent};
 use crate::disk::{Disk, Trouble};
 use crate::ledger::{Excuse, Ledger, Snapshot};
-use crate::machine::Machine;
+use crate::machine::{self, Machine};
 use crate::mutants::Mutant;
 use crate::oracle;
 use crate::server::{self, Output, Server};
@@ -166,7 +167,7 @@ impl Plan {
         let mut faults: Vec<(u32, Fault)> = Vec::new();
         for fault in FAULTS {
             if rng.u8(..16) < share {
-                let most = if fault.is_destructive() { 4 } else { 16 };
+                let most = if fault.is_destructive() { 2 } else { 16 };
                 faults.push((rng.u32(1..=most), fault));
             }
         }
@@ -619,7 +620,7 @@ impl World {
                         self.check_durable(pc, &ids)?;
                     }
                 }
-                Some(News::BeganEpoch) => {
+                Some(News::BeganEpoch(_)) => {
                     self.tally.event("epochs begun as the server knew other records", 1)
                 }
                 Some(News::Checkpoint(checkpoint)) => self.pcs[pc].witness = Some(checkpoint),
@@ -691,6 +692,8 @@ impl World {
         let seed = self.rng.u64(..);
         let records = if self.rng.bool() { self.rng.usize(1..6) } else { 500 };
         let (limits, mutant) = (self.plan.limits, self.mutant);
+        let files = self.trace.as_ref().map(|_| machine::describe(&self.pcs[at].memory));
+        self.note(|| format!("     {}", files.unwrap_or_default()));
         let pc = &mut self.pcs[at];
         let machine = Machine::new(pc.memory.clone(), None, mutant);
         let mut agent = match SimAgent::start(machine, limits, seed, records, mutant, &mut pc.ledger) {
@@ -803,17 +806,7 @@ impl World {
         let is_done = match fault {
             Fault::Cut => self.cut_link(),
             Fault::Partition => !std::mem::replace(&mut self.pcs[at].is_cut_off, true),
-            Fault::AgentStop => match self.pcs[at].agent.is_some() {
-                true => {
-                    self.agent_hangs_up(at);
-                    let pc = &mut self.pcs[at];
-                    match pc.agent.take() {
-                        Some(agent) => agent.close(&mut pc.ledger).map(|()| true)?,
-                        None => false,
-                    }
-                }
-                false => false,
-            },
+            Fault::AgentStop => self.stop_agent(at)?,
             Fault::AgentKill | Fault::PcPowerCut => {
                 let was_up = self.pcs[at].agent.is_some();
                 self.agent_dies(at, fault == Fault::PcPowerCut);
@@ -862,10 +855,24 @@ impl World {
                 true
             }
         };
+        self.note(|| format!("     at pc {at} if at a PC; done: {is_done}"));
         if is_done {
             self.tally.fault(fault);
         }
         Ok(())
+    }
+
+    fn stop_agent(&mut self, at: usize) -> Result<bool, String> {
+        self.agent_hangs_up(at);
+        let pc = &mut self.pcs[at];
+        let Some(agent) = pc.agent.take() else { return Ok(false) };
+        let machine = agent.machine.clone();
+        agent.close(&mut pc.ledger)?;
+        if machine.is_dead() {
+            let power = pc.loses_power;
+            self.agent_dies(at, power);
+        }
+        Ok(true)
     }
 
     fn cut_link(&mut self) -> bool {
@@ -898,7 +905,11 @@ impl World {
         pc.ledger.is_disturbed = true;
         pc.memory.damage(&name, |bytes| match rng.u8(..4) {
             _ if bytes.is_empty() => {}
-            0 => bytes.truncate(rng.usize(..bytes.len())),
+            // A file that ends behind a whole record looks like one that was set back.
+            0 if bytes.len() > HEADER => {
+                bytes.truncate(rng.usize(HEADER..bytes.len()));
+                bytes.extend([0xff; 3]);
+            }
             1 => {
                 let from = rng.usize(..bytes.len());
                 let to = rng.usize(from..bytes.len());
@@ -1088,6 +1099,7 @@ impl World {
                 "KNOWN: records of a set back spool that are lost in an older epoch",
                 verdict.overwritten,
             );
+            tally.event("KNOWN: records that a start found and did not sync", verdict.left_over);
             tally.event(
                 "KNOWN: records of epochs that gave way before the server heard of them",
                 verdict.unheard,

@@ -138,6 +138,14 @@ impl Memory {
         Self(Arc::new(Mutex::new(State { names: names.clone(), synced_names: names, ..State::default() })))
     }
 
+    /// What a power cut leaves at least, in another directory.
+    pub fn durable(&self) -> Self {
+        let names = self.state().synced_names.clone().into_iter();
+        let names: BTreeMap<String, Node> =
+            names.map(|(name, node)| (name, Node::of(node.content().synced.clone()))).collect();
+        Self(Arc::new(Mutex::new(State { names: names.clone(), synced_names: names, ..State::default() })))
+    }
+
     /// Changes a file behind everybody's back; false: there is none of this name.
     pub fn damage(&self, name: &str, change: impl FnOnce(&mut Vec<u8>)) -> bool {
         let Some(node) = self.state().names.get(name).cloned() else { return false };

@@ -130,8 +130,8 @@ impl Agent {
 pub async fn call_all(agents: &[Agent]) -> Result<Vec<Session>> {
     let turns = Arc::new(Semaphore::new(AT_ONCE));
     let mut tasks = JoinSet::new();
-    for agent in agents.iter().cloned() {
-        let turns = turns.clone();
+    for agent in agents {
+        let (agent, turns) = (agent.clone(), turns.clone());
         tasks.spawn(async move {
             let _turn = turns.acquire().await?;
             agent.call().await

@@ -103,7 +103,7 @@ fn packet(sequence: u32) -> [u8; PACKET] {
     for index in 0..FLOWS {
         let (at, number) = (24 + index * 48, sequence.wrapping_add(index as u32));
         let mixed = number.wrapping_mul(2_654_435_761);
-        put(at, &(0x0a4d_0000 | number % 256).to_be_bytes());
+        put(at, &(0x0a4d_0000 | (number % 256)).to_be_bytes());
         put(at + 4, &(0xc633_0000 | mixed >> 16).to_be_bytes());
         put(at + 16, &(mixed % 5_000 + 1).to_be_bytes());
         put(at + 20, &(mixed % 5_000_000 + 60).to_be_bytes());
