@@ -209,10 +209,11 @@ async fn misbehave(agent: &Agent, behaviour: Behaviour, done: &AtomicU64) -> Res
     match behaviour {
         Behaviour::Bombs => {
             let mut line = line(agent).await?;
-            let bomb = bomb()?;
+            line.send.write_all(&bomb()?).await?;
+            count();
+            // Until the server has had enough.
             loop {
-                line.send.write_all(&bomb).await?;
-                count();
+                read_answer(&mut line.receive).await?;
             }
         }
         Behaviour::Large => {

@@ -14,9 +14,12 @@ use netmon_common::wire::{BatchBuilder, Item, MAX_BATCH_RECORDS, ToServer, encod
 /// Epoch of every simulated agent's spool.
 pub const EPOCH: u64 = 7;
 
-/// Record number `seq`. Of twenty records fourteen are about transfers, four are muted totals, one is "still watching"
-/// and one a USB device.
+/// Record number `seq`, some milliseconds before `wall_ns`. Of twenty records fourteen are about transfers, four are muted
+/// totals, one is "still watching" and one a USB device.
 pub fn record(seq: u64, wall_ns: i64) -> Record {
+    // No two times are alike, and none follows from the one before: that would compress too well.
+    let ago_ns = mixed(seq) >> 32 & 0xfff_ffff;
+    let wall_ns = wall_ns - ago_ns as i64;
     let event = match seq % 20 {
         5 => coverage(seq),
         10 => Event::DeviceAdded(stick(seq)),
@@ -29,17 +32,17 @@ pub fn record(seq: u64, wall_ns: i64) -> Record {
         }),
         kind => Event::Transfer(transfer(seq, kind, wall_ns)),
     };
-    Record { seq, run: 3, boot_ns: 5_000_000_000_000 + seq * 250_000_000, wall_ns, event }
+    Record { seq, run: 3, boot_ns: 5_000_000_000_000 + seq * 250_000_000 - ago_ns, wall_ns, event }
 }
 
 fn transfer(seq: u64, kind: u64, wall_ns: i64) -> Transfer {
     let is_lan = seq.is_multiple_of(3);
-    let [.., high, low] = (seq.wrapping_mul(2_654_435_761) >> 7).to_be_bytes();
+    let [.., high, low] = mixed(seq).to_be_bytes();
     let address = if is_lan { Ipv4Addr::new(10, 77, 0, low) } else { Ipv4Addr::new(198, 51, high, low) };
     let (phase, moved) = match kind % 5 {
         0 | 2 => (Phase::Started, 1_400),
-        1 | 4 => (Phase::Ended(EndReason::Silence), seq * 7_919 % 50_000_000),
-        _ => (Phase::Progress, seq * 104_729 % 50_000_000),
+        1 | 4 => (Phase::Ended(EndReason::Silence), mixed(seq) % 50_000_000),
+        _ => (Phase::Progress, mixed(seq) % 50_000_000),
     };
     Transfer {
         id: seq / 2,
@@ -49,10 +52,19 @@ fn transfer(seq: u64, kind: u64, wall_ns: i64) -> Transfer {
         services: vec![if is_lan { Service::Tcp(445) } else { Service::Quic(443) }],
         opened: Opened::Here,
         interface: "enp0s31f6".into(),
-        first_wall_ns: wall_ns - 2_400_000_000,
-        last_wall_ns: wall_ns - 2_000_000_000,
+        first_wall_ns: wall_ns - 2_400_000_000 - (mixed(seq) >> 40) as i64,
+        last_wall_ns: wall_ns - 2_000_000_000 - (mixed(seq) >> 41) as i64,
         traffic: traffic(moved),
     }
+}
+
+/// A number that looks like none before it: the finalizer of SplitMix64 (Steele, Lea, Flood: "Fast splittable
+/// pseudorandom number generators", 2014).
+fn mixed(number: u64) -> u64 {
+    let mut z = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 fn traffic(payload: u64) -> Traffic {
