@@ -167,10 +167,15 @@ fn write_new_items(
         tracing::warn!(directory = %state.directory.display(), "a seat's log is cut or gone: it is written anew");
         state.log = SeatLog::default();
     }
-    for (file, path, bytes) in
-        [(&mut log, &log_path, state.log.log_bytes), (&mut usb, &usb_path, state.log.usb_bytes)]
-    {
-        file.set_len(bytes).and_then(|()| file.seek(SeekFrom::Start(bytes))).map_err(write_error(path))?;
+    for (file, path, length, bytes) in [
+        (&mut log, &log_path, log_length, state.log.log_bytes),
+        (&mut usb, &usb_path, usb_length, state.log.usb_bytes),
+    ] {
+        // Setting a length is a change of the file, even to the length that it has.
+        if length != bytes {
+            file.set_len(bytes).map_err(write_error(path))?;
+        }
+        file.seek(SeekFrom::Start(bytes)).map_err(write_error(path))?;
     }
     loop {
         let items = store::items_from(conn, agent, state.log.next_n, PAGE)?;

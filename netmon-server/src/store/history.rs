@@ -153,9 +153,9 @@ pub fn stored_from(
          SELECT n, link, 2, epoch, from_seq, to_seq, since_ns, noticed_ns, x'' FROM gaps WHERE agent = ?1 AND n >= ?2
          UNION ALL
          SELECT n, link, 3, 0, 0, 0, 0, noticed_ns, notice FROM notices WHERE agent = ?1 AND n >= ?2
-         ORDER BY n LIMIT ?3",
+         ORDER BY n",
     )?
-    .query_map(params![agent.0, from, limit as i64], |row| {
+    .query_map(params![agent.0, from], |row| {
         let unsigned = |column| Ok::<_, rusqlite::Error>(row.get::<_, i64>(column)? as u64);
         Ok(Stored {
             n: row.get(0)?,
@@ -173,6 +173,8 @@ pub fn stored_from(
             bytes: row.get(8)?,
         })
     })?
+    // Rows come one by one. `LIMIT ?3` would make SQLite compile the statement anew each time: it plans by that number.
+    .take(limit)
     .collect()
 }
 

@@ -34,6 +34,13 @@ const SCHEMA_VERSION: i32 = 2;
 /// How long a writer waits for another process's transaction.
 const BUSY: Duration = Duration::from_secs(10);
 
+/// What a connection keeps of the file in memory, at most: the pages of the largest group of batches, so that none of
+/// them is written before its commit, and read back.
+const PAGE_CACHE_KIB: i64 = 16 * 1024;
+/// Pages that the log beside the file (WAL) has before they go into the file: 16 MiB. A page that changed often meanwhile
+/// goes there once.
+const CHECKPOINT_PAGES: i64 = 4096;
+
 /// Why the store cannot be opened. The path and what to do are in the message.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -276,6 +283,8 @@ fn connect(path: &Path, vfs: Option<&str>) -> Result<Connection, StoreError> {
         conn.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         conn.pragma_update(None, "synchronous", "FULL")?;
         conn.pragma_update(None, "foreign_keys", true)?;
+        conn.pragma_update(None, "cache_size", -PAGE_CACHE_KIB)?;
+        conn.pragma_update_and_check(None, "wal_autocheckpoint", CHECKPOINT_PAGES, |_| Ok(()))?;
         conn.set_prepared_statement_cache_capacity(64);
         Ok(conn)
     };
