@@ -382,6 +382,8 @@ async fn follow_goes_on_when_the_readable_log_is_deleted() {
     assert_eq!(numbers(&wait_for(&lines, "")), [1]);
     let directory = room.path().join("logs/pc");
     for seq in 2..=6 {
+        // The follower reads the store, which is ahead of the readable log.
+        wait_until("the seat's log", || directory.join("log.txt").exists()).await;
         match seq {
             2 | 4 => std::fs::remove_dir_all(&directory).unwrap(),
             3 => std::fs::remove_file(directory.join("log.txt")).unwrap(),

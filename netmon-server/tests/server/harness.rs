@@ -127,6 +127,16 @@ pub fn wait_for(lines: &mpsc::Receiver<String>, part: &str) -> String {
     }
 }
 
+/// Waits until something that nobody tells of is so.
+pub async fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let look = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, look).await.unwrap_or_else(|_| panic!("waited in vain for {what}"));
+}
+
 pub fn token(data: &Path, server: &Server, more: &[&str]) -> String {
     let address = server.enrolment.to_string();
     let mut arguments = vec!["token", "--raw", "--address", &address];

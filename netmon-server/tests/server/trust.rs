@@ -143,7 +143,9 @@ async fn a_pcs_clock_that_is_off_is_noticed() {
 async fn a_process_that_comes_back_behind_another_one_is_a_clone() {
     let room = Room::new();
     let agent = room.agent("pc").await;
-    let first = agent.introduce(room.server(), about()).await;
+    let mut first = agent.introduce(room.server(), about()).await;
+    // Its introduction is taken in before the next one comes.
+    assert!(matches!(first.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
     let mut second = agent.introduce(room.server(), About { instance: 2, ..about() }).await;
     assert!(first.closed().await.contains("connected again"));
     assert!(matches!(second.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
