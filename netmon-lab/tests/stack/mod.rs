@@ -120,6 +120,8 @@ pub struct Headers {
 impl Headers {
     pub const NONE: Self = Self { received: 0, sent: 0, at_the_hook: 0 };
     pub const ETHERNET: Self = Self { received: 14, sent: 14, at_the_hook: 14 };
+    /// A VLAN interface counts what it receives without its headers, and what it sends without the tag.
+    pub const VLAN: Self = Self { received: 0, ..Self::ETHERNET };
     /// A veth interface counts what arrives at a native XDP program without its Ethernet header.
     pub const VETH_WITH_XDP: Self = Self { received: 0, ..Self::ETHERNET };
 }
@@ -156,6 +158,15 @@ pub fn agrees(host: &Host, kernel: &Kernel, name: &str, headers: Headers, before
         }
         let counters = Counters::of(host, name);
         Err(format!("programs {here:?}, {name} {there:?}\n{:#?}\n{counters:?}", stats(kernel)))
+    });
+}
+
+/// Waits until the programs have seen as many frames since `before` as the interface counted.
+pub fn agrees_in_frames(host: &Host, kernel: &Kernel, name: &str, before: Before) {
+    eventually(|| {
+        let here = stats(kernel).seen - before.programs.seen;
+        let there = Counters::of(host, name).frames() - before.interface.frames();
+        if here == there { Ok(()) } else { Err(format!("programs {here}, {name} {there}")) }
     });
 }
 
