@@ -339,7 +339,10 @@ async fn serve(
     loop {
         let message = read_frame::<ToServer>(&mut receive).await?;
         let answer = match message {
-            other @ (ToServer::About(_) | ToServer::Heartbeat(_) | ToServer::Renew { .. }) => {
+            other @ (ToServer::About(_)
+            | ToServer::Open(_)
+            | ToServer::Heartbeat(_)
+            | ToServer::Renew { .. }) => {
                 panic!("{other:?} is not of this version")
             }
             ToServer::Hello(hello) => {

@@ -15,8 +15,8 @@
 //! sent after the store's commit. [`ToAgent::Resume`] asks to go on from another number (after a gap). Answers come in
 //! the order of what they answer.
 //!
-//! Version 2, besides: the agent's first frame is [`ToServer::About`]. A hello is answered by [`ToAgent::Expect`], which
-//! also tells what the server's newest record looks like. Batches may hold holes ([`Item::Hole`]). [`ToServer::Heartbeat`]
+//! Version 2: the agent's first frame is [`ToServer::About`]. In place of a hello it says [`ToServer::Open`], which is answered
+//! by [`ToAgent::Expect`]: that also tells what the newest record that both may have looks like. Batches may hold holes ([`Item::Hole`]). [`ToServer::Heartbeat`]
 //! says "still watching" and is answered by [`ToAgent::Heard`]; [`ToServer::Renew`] asks for a new certificate, answered by
 //! [`ToAgent::Renewed`].
 
@@ -64,7 +64,7 @@ pub fn version(alpn: &[u8]) -> Option<u16> {
 /// What the agent says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToServer {
-    /// First frame.
+    /// First frame of version 1.
     Hello(Hello),
     /// Records from `first_seq` on.
     Batch(Batch),
@@ -77,6 +77,28 @@ pub enum ToServer {
         /// PKCS #10 request, DER (RFC 2986), at most [`crate::enroll::MAX_DER`] bytes: its public key counts and nothing else.
         csr_der: Vec<u8>,
     },
+    /// Records of this epoch follow. From version 2 on.
+    Open(Open),
+}
+
+/// What the spool has of an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Open {
+    /// Random number of the agent's spool; records are unique by `(agent, epoch, seq)`.
+    pub epoch: u64,
+    /// The oldest record that the spool still has (the next one to be written, if it has none).
+    pub oldest_seq: u64,
+    /// The number behind the newest one.
+    pub next_seq: u64,
+}
+
+/// What a record looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Newest {
+    /// The record.
+    pub seq: u64,
+    /// Its [`fingerprint`].
+    pub fingerprint: [u8; 16],
 }
 
 /// Which of an agent's lives calls.
@@ -208,13 +230,14 @@ pub enum ToAgent {
         /// Why, for people.
         reason: Raw,
     },
-    /// Answer to a hello from version 2 on: go on from this record.
+    /// Answer to [`ToServer::Open`]: go on from this record.
     Expect {
         /// The record that the server expects next in this epoch.
         next_seq: u64,
-        /// [`fingerprint`] of the record before that one, where the server has it: a spool that has another one under
-        /// this number was set back to an older state, and needs a new epoch.
-        last: Option<[u8; 16]>,
+        /// The server's newest record of those that the spool may have, too: one that has another record under this number
+        /// was set back to an older state, and needs a new epoch. Behind it, up to `next_seq`, the server has gaps: what a
+        /// spool has there nevertheless needs a new epoch, too.
+        last: Option<Newest>,
     },
     /// Answer to a heartbeat.
     Heard {
@@ -528,18 +551,21 @@ mod tests {
             "0201320270630101010101010101010101010101010103010405 00".replace(' ', "")
         );
         assert_eq!(hex(&ToServer::Renew { csr_der: vec![7] }), "040107");
+        assert_eq!(hex(&ToServer::Open(Open { epoch: 300, oldest_seq: 2, next_seq: 5 })), "05ac020205");
+        let last = Some(Newest { seq: 1, fingerprint: [3; 16] });
         let answers = [
             (ToAgent::Welcome { version: 1, next_seq: 2 }, "000102"),
             (ToAgent::Ack { epoch: 1, seq: 300 }, "0101ac02"),
             (ToAgent::Resume { next_seq: 2 }, "0202"),
             (ToAgent::Refused { reason: "no".into() }, "03026e6f"),
             (ToAgent::Expect { next_seq: 2, last: None }, "040200"),
+            (ToAgent::Expect { next_seq: 2, last }, "04020101 03030303030303030303030303030303"),
             (ToAgent::Heard { server_ns: 1, checkpoint: None }, "050200"),
             (ToAgent::Renewed { certificate_der: vec![] }, "0600"),
         ];
         for (answer, expected) in answers {
             let bytes = encode_frame(&answer).unwrap();
-            assert_eq!(crate::enroll::Hex(&bytes[FRAME_HEADER..]).to_string(), expected);
+            assert_eq!(crate::enroll::Hex(&bytes[FRAME_HEADER..]).to_string(), expected.replace(' ', ""));
         }
     }
 

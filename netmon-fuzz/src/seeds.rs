@@ -12,7 +12,8 @@ use netmon_common::model::{
 };
 use netmon_common::raw::Raw;
 use netmon_common::wire::{
-    About, BatchBuilder, Checkpoint, FRAME_HEADER, Heartbeat, Hello, Item, ToAgent, ToServer, encode_frame,
+    About, BatchBuilder, Checkpoint, FRAME_HEADER, Heartbeat, Hello, Item, Newest, Open, ToAgent, ToServer,
+    encode_frame,
 };
 use rcgen::{
     CertificateParams, DnType, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384, PKCS_ED25519,
@@ -165,7 +166,7 @@ pub fn frame() -> Vec<Vec<u8>> {
     let checkpoint =
         Checkpoint { size: 4711, head: [7; 32], signed_ns: WALL_NS, signature: [[8; 32], [9; 32]] };
     let hello = Hello {
-        version: 2,
+        version: 1,
         agent_version: "0.1.0".into(),
         hostname: "pc-17".into(),
         epoch: 0x1122_3344_5566_7788,
@@ -201,13 +202,14 @@ pub fn frame() -> Vec<Vec<u8>> {
         ToServer::About(about),
         ToServer::Heartbeat(heartbeat),
         ToServer::Renew { csr_der },
+        ToServer::Open(Open { epoch: 7, oldest_seq: 40, next_seq: 41 }),
     ];
     let to_agent = [
         ToAgent::Welcome { version: 1, next_seq: 41 },
         ToAgent::Ack { epoch: 7, seq: 60 },
         ToAgent::Resume { next_seq: 41 },
         ToAgent::Refused { reason: "this agent was revoked".into() },
-        ToAgent::Expect { next_seq: 41, last: Some([3; 16]) },
+        ToAgent::Expect { next_seq: 41, last: Some(Newest { seq: 40, fingerprint: [3; 16] }) },
         ToAgent::Heard { server_ns: WALL_NS, checkpoint: Some(checkpoint) },
         ToAgent::Renewed { certificate_der: vec![0x30; 300] },
     ];

@@ -24,7 +24,7 @@ use crate::ca::{self, AGENT_GRACE, AGENT_LIFETIME, AgentKey, Ca};
 use crate::chain;
 use crate::clock::{self, Now};
 use crate::clones::Callers;
-use crate::conversation::{Action, Conversation, Stop, Work, refusal, revoked};
+use crate::conversation::{Action, Applied, Conversation, Stop, Work, refusal, revoked};
 use crate::frames::{self, FrameError};
 use crate::limits::{BURST, Bucket, RATE, Strikes};
 use crate::notice::Notice;
@@ -590,7 +590,7 @@ struct Talk<'a> {
 /// An answer that may have to wait for a commit. Answers go out in the order of what they answer.
 enum Answer {
     Now(ToAgent),
-    Later(oneshot::Receiver<Result<Option<ToAgent>, Stop>>),
+    Later(oneshot::Receiver<Option<Applied>>),
 }
 
 impl Talk<'_> {
@@ -691,7 +691,7 @@ impl Talk<'_> {
         &self,
         work: Work,
         permit: Option<OwnedSemaphorePermit>,
-    ) -> Result<oneshot::Receiver<Result<Option<ToAgent>, Stop>>, Unavailable> {
+    ) -> Result<oneshot::Receiver<Option<Applied>>, Unavailable> {
         let now_ns = clock::wall_ns();
         let apply = move |conn: &rusqlite::Connection| {
             // Free when the work is done, whether or not the agent takes the answer.
@@ -778,9 +778,11 @@ async fn write_answers(send: &mut SendStream, mut pending: mpsc::Receiver<Answer
         let answer = match answer {
             Answer::Now(answer) => Some(answer),
             Answer::Later(later) => match later.await {
-                Ok(Ok(answer)) => answer,
-                Ok(Err(stop)) => return stop.into(),
-                Err(_) => return Unavailable.into(),
+                Ok(Some(applied)) => match applied.committed() {
+                    Ok(answer) => answer,
+                    Err(stop) => return stop.into(),
+                },
+                Ok(None) | Err(_) => return Unavailable.into(),
             },
         };
         if let Some(answer) = answer {

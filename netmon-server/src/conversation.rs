@@ -3,15 +3,18 @@
 //! A frame becomes an [`Action`]: something to be done in the store, in a transaction of the caller's, and answered after
 //! its commit; or something to be answered at once.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use netmon_common::enroll::MAX_DER;
 use netmon_common::raw::Raw;
-use netmon_common::wire::{About, Batch, Heartbeat, Hello, ToAgent, ToServer, VERSION, WireError};
+use netmon_common::wire::{About, Batch, Heartbeat, Hello, Open, ToAgent, ToServer, VERSION, WireError};
 use rusqlite::Connection;
 
-use crate::ingest::{self, Checked, FIRST_SEQ, Fault};
+use crate::ingest::{self, Checked, Fault};
 use crate::store::{self, Agent, AgentId, BatchOutcome};
 
-/// Hellos on one connection: one for each spool that an agent ever had, and no more holes than that.
+/// Hellos, or their likes of version 2, on one connection: one for each spool that an agent ever had, and no more holes than that.
 const MAX_HELLOS: u32 = 256;
 /// Certificates on one connection.
 const MAX_RENEWALS: u32 = 2;
@@ -44,7 +47,7 @@ impl From<WireError> for Stop {
 }
 
 /// What a frame leads to.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Action {
     /// To be done in the store.
     Store(Work),
@@ -54,14 +57,44 @@ pub enum Action {
     Renew(Vec<u8>),
 }
 
+/// Whether the steps of a connection came to the store so far. Behind one that did not, nothing of the connection may: what
+/// it says of its records rests on what it said before.
+#[derive(Clone, Debug, Default)]
+struct Line(Arc<AtomicBool>);
+
+/// A step that was applied, and will be committed or not.
+#[derive(Debug)]
+pub struct Applied {
+    result: Option<Result<Option<ToAgent>, Stop>>,
+    line: Line,
+}
+
+impl Applied {
+    /// It was committed. What the agent is to be told, if anything.
+    ///
+    /// # Errors
+    /// The conversation ends, and nothing was changed.
+    pub fn committed(mut self) -> Result<Option<ToAgent>, Stop> {
+        self.result.take().unwrap_or(Ok(None))
+    }
+}
+
+impl Drop for Applied {
+    fn drop(&mut self) {
+        if self.result.is_some() {
+            self.line.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 /// A step in the store.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Work {
+    line: Line,
     agent: AgentId,
     /// Label for messages.
     seat: String,
     connection: u64,
-    version: u16,
     what: What,
 }
 
@@ -69,12 +102,14 @@ pub struct Work {
 enum What {
     About(About),
     Hello(Hello),
+    Open(Open),
     Batch { epoch: u64, first_seq: u64, items: Vec<Checked> },
 }
 
 /// One connection's conversation.
 #[derive(Debug)]
 pub struct Conversation {
+    line: Line,
     agent: AgentId,
     seat: String,
     connection: u64,
@@ -92,7 +127,8 @@ impl Conversation {
         let (agent, seat) = (agent.id, agent.seat.clone());
         // Version 1 has no introduction.
         let introduced = version == 1;
-        Self { agent, seat, connection, version, introduced, epoch: None, hellos: 0, renewals: 0 }
+        let line = Line::default();
+        Self { line, agent, seat, connection, version, introduced, epoch: None, hellos: 0, renewals: 0 }
     }
 
     /// Takes a frame.
@@ -107,32 +143,42 @@ impl Conversation {
             }
             _ if !self.introduced => return Err(Stop::Fault("the first frame is no introduction".into())),
             ToServer::About(_) => return Err(Stop::Fault("an introduction that has no place here".into())),
-            ToServer::Hello(hello) => self.hello(hello)?,
+            ToServer::Hello(hello) if self.version == 1 => self.hello(hello)?,
+            ToServer::Open(open) if self.version > 1 => {
+                self.open(open.epoch)?;
+                What::Open(open)
+            }
             ToServer::Batch(batch) => self.batch(&batch)?,
             ToServer::Heartbeat(heartbeat) if self.version > 1 => return Ok(Action::Heartbeat(heartbeat)),
             ToServer::Renew { csr_der } if self.version > 1 => return self.renew(csr_der),
-            ToServer::Heartbeat(_) | ToServer::Renew { .. } => {
+            ToServer::Hello(_) | ToServer::Open(_) | ToServer::Heartbeat(_) | ToServer::Renew { .. } => {
                 return Err(Stop::Fault("a message of another version".into()));
             }
         };
-        let Self { agent, connection, version, .. } = *self;
-        Ok(Action::Store(Work { agent, seat: self.seat.clone(), connection, version, what }))
+        let Self { agent, connection, .. } = *self;
+        let (line, seat) = (self.line.clone(), self.seat.clone());
+        Ok(Action::Store(Work { line, agent, seat, connection, what }))
     }
 
     fn hello(&mut self, hello: Hello) -> Result<What, Stop> {
-        if hello.version != self.version {
+        if hello.version != 1 {
             return Err(Stop::Refused(format!(
-                "the agent speaks version {} of the protocol where the handshake agreed on {}, this server {VERSION} \
-                 and the one before; install the same netmon on both",
-                hello.version, self.version
+                "the agent speaks version {} of the protocol where the handshake agreed on 1, this server {VERSION} and \
+                 the one before; install the same netmon on both",
+                hello.version
             )));
         }
+        self.open(hello.epoch)?;
+        Ok(What::Hello(hello))
+    }
+
+    fn open(&mut self, epoch: u64) -> Result<(), Stop> {
         self.hellos += 1;
         if self.hellos > MAX_HELLOS {
             return Err(Stop::Fault(format!("more than {MAX_HELLOS} hellos on one connection")));
         }
-        self.epoch = Some(hello.epoch);
-        Ok(What::Hello(hello))
+        self.epoch = Some(epoch);
+        Ok(())
     }
 
     fn batch(&self, batch: &Batch) -> Result<What, Stop> {
@@ -157,11 +203,25 @@ impl Conversation {
 }
 
 impl Work {
-    /// Does the step in somebody's transaction. What the agent is to be told after the commit, if anything.
+    /// Does the step in somebody's transaction; after its commit, [`Applied::committed`] is to be called. `None`: nothing
+    /// was done, because an earlier step of the connection did not come to the store.
     ///
     /// # Errors
-    /// SQLite's. The inner error ends the conversation, and nothing was changed.
-    pub fn apply(&self, conn: &Connection, now_ns: i64) -> rusqlite::Result<Result<Option<ToAgent>, Stop>> {
+    /// SQLite's.
+    pub fn apply(&self, conn: &Connection, now_ns: i64) -> rusqlite::Result<Option<Applied>> {
+        if self.line.0.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        // Until it is known better.
+        let mut applied = Applied { result: Some(Ok(None)), line: self.line.clone() };
+        let result = self.apply_alone(conn, now_ns)?;
+        // It ends the connection, whose next steps may be in the same transaction.
+        self.line.0.fetch_or(result.is_err(), Ordering::Relaxed);
+        applied.result = Some(result);
+        Ok(Some(applied))
+    }
+
+    fn apply_alone(&self, conn: &Connection, now_ns: i64) -> rusqlite::Result<Result<Option<ToAgent>, Stop>> {
         let id = self.agent;
         if !store::is_allowed(conn, id)? {
             return Ok(Err(revoked(&self.seat)));
@@ -173,27 +233,19 @@ impl Work {
                 Ok(Ok(None))
             }
             What::Hello(hello) => {
-                if self.version == 1 {
-                    store::connected(
-                        conn,
-                        id,
-                        self.connection,
-                        &hello.hostname,
-                        &hello.agent_version,
-                        now_ns,
-                    )?;
-                }
-                let next_seq = match store::open_epoch(conn, id, hello.epoch, hello.oldest_seq, now_ns)? {
+                let (hostname, agent_version) = (&hello.hostname, &hello.agent_version);
+                store::connected(conn, id, self.connection, hostname, agent_version, now_ns)?;
+                let next_seq = store::open_epoch(conn, id, hello.epoch, hello.oldest_seq, now_ns)?;
+                Ok(next_seq
+                    .map(|next_seq| Some(ToAgent::Welcome { version: 1, next_seq }))
+                    .map_err(Stop::from))
+            }
+            What::Open(Open { epoch, oldest_seq, next_seq: behind }) => {
+                let next_seq = match store::open_epoch(conn, id, *epoch, *oldest_seq, now_ns)? {
                     Ok(next_seq) => next_seq,
                     Err(fault) => return Ok(Err(fault.into())),
                 };
-                if self.version == 1 {
-                    return Ok(Ok(Some(ToAgent::Welcome { version: 1, next_seq })));
-                }
-                let last = match next_seq {
-                    FIRST_SEQ => None,
-                    next => store::record_fingerprint(conn, id, hello.epoch, next - 1)?,
-                };
+                let last = store::newest_before(conn, id, *epoch, *behind)?;
                 Ok(Ok(Some(ToAgent::Expect { next_seq, last })))
             }
             What::Batch { epoch, first_seq, items } => {
@@ -218,7 +270,7 @@ impl Work {
     pub fn cost(&self) -> u64 {
         const USUAL: u64 = 256;
         match &self.what {
-            What::About(_) | What::Hello(_) => 1,
+            What::About(_) | What::Hello(_) | What::Open(_) => 1,
             What::Batch { items, .. } => {
                 let bytes =
                     |item: &Checked| item.record.as_ref().map_or(0, |record| record.bytes.len() as u64);
@@ -244,4 +296,76 @@ pub fn revoked(seat: &str) -> Stop {
 /// The frame for a [`Stop`] that the agent is told of.
 pub fn refusal(reason: &str) -> ToAgent {
     ToAgent::Refused { reason: Raw::new(reason) }
+}
+
+#[cfg(test)]
+mod tests {
+    use netmon_common::wire::{BatchBuilder, Item};
+
+    use super::*;
+    use crate::store::tests::Fixture;
+
+    fn batch(first_seq: u64) -> ToServer {
+        let mut builder = BatchBuilder::default();
+        assert!(builder.push(&Item::Hole(1)));
+        ToServer::Batch(builder.finish(7, first_seq).unwrap())
+    }
+
+    fn open(oldest_seq: u64) -> ToServer {
+        ToServer::Open(Open { epoch: 7, oldest_seq, next_seq: 9 })
+    }
+
+    fn about() -> About {
+        About {
+            agent_version: "1".into(),
+            hostname: "pc".into(),
+            boot_id: [1; 16],
+            run: 1,
+            previous_died: false,
+            instance: 1,
+            connect: 1,
+            witness: None,
+        }
+    }
+
+    #[test]
+    fn nothing_comes_to_the_store_behind_a_step_that_was_not_committed() {
+        let room = Fixture::new();
+        let id = room.agent("pc");
+        let agent = store::agent_by_id(room.conn(), id).unwrap().unwrap();
+        let work = |conversation: &mut Conversation, message| match conversation.receive(message) {
+            Ok(Action::Store(work)) => work,
+            other => panic!("{other:?}"),
+        };
+        let introduced = || {
+            let mut conversation = Conversation::new(&agent, 1, 2);
+            work(&mut conversation, ToServer::About(about()));
+            conversation
+        };
+        let next = |answer| match answer {
+            Some(ToAgent::Expect { next_seq, .. }) => next_seq,
+            other => panic!("{other:?}"),
+        };
+
+        let mut conversation = introduced();
+        let [first, lost, behind] = [open(1), batch(1), open(2)].map(|what| work(&mut conversation, what));
+        let applied = first.apply(room.conn(), 0).unwrap().unwrap();
+        assert_eq!(next(applied.committed().unwrap()), 1);
+        // Its transaction is rolled back; the agent's next word counts on it.
+        drop(lost.apply(&room.conn().unchecked_transaction().unwrap(), 0).unwrap().unwrap());
+        assert!(behind.apply(room.conn(), 0).unwrap().is_none());
+        let items = store::history::stored_from(room.conn(), id, 1, 9).unwrap();
+        assert!(items.is_empty(), "{items:?}");
+
+        // A fault ends the connection, also for what came in the same transaction.
+        let mut conversation = introduced();
+        let [fault, behind] = [open(0), open(2)].map(|what| work(&mut conversation, what));
+        let fault = fault.apply(room.conn(), 0).unwrap().unwrap();
+        assert!(behind.apply(room.conn(), 0).unwrap().is_none());
+        assert!(matches!(fault.committed(), Err(Stop::Fault(_))));
+
+        // Another connection is another matter.
+        let again = work(&mut introduced(), open(2)).apply(room.conn(), 0).unwrap().unwrap();
+        assert_eq!(next(again.committed().unwrap()), 2);
+    }
 }

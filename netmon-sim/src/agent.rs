@@ -8,10 +8,10 @@ use netmon_agent::uplink::session::{Effect, Session, Step};
 use netmon_common::model::{Event, Gap, GapReason, Record};
 use netmon_common::wire::{
     self, About, BatchBuilder, Checkpoint, FRAME_HEADER, FrameHeader, Heartbeat, Hello, Item,
-    MAX_BATCH_RECORDS, MAX_FRAME, ToAgent, ToServer,
+    MAX_BATCH_RECORDS, MAX_FRAME, Open, ToAgent, ToServer,
 };
 
-use crate::ledger::{Ledger, Moved, Readable};
+use crate::ledger::{Ledger, Readable};
 use crate::machine::{self, Machine};
 use crate::mutants::Mutant;
 
@@ -39,7 +39,7 @@ pub enum News {
     /// The server has these now.
     Acked(Vec<u64>),
     /// A new epoch began, because the server knows other records.
-    BeganEpoch(Option<Moved>),
+    BeganEpoch,
     /// A checkpoint to be kept.
     Checkpoint(Checkpoint),
 }
@@ -55,6 +55,8 @@ pub struct Call {
     pub link: u64,
     session: Session,
     inbox: Vec<u8>,
+    /// The server has answered a hello.
+    is_welcome: bool,
     read: Option<(ReadTicket<Machine>, u64, u64)>,
 }
 
@@ -101,10 +103,26 @@ impl SimAgent {
             return Err("a new epoch begins without a reason".into());
         }
         let readable = self.readable();
-        ledger.started(&readable, &machine::durable(self.machine.memory()))?;
+        self.check_durable(&readable, ledger)?;
+        ledger.started(&readable, self.spool.is_settled())?;
         ledger.began(self.spool.stats().epoch);
         self.seen = self.spool.stats();
         Ok(())
+    }
+
+    /// What the spool hands out would be there after a power cut in this moment.
+    fn check_durable(&self, readable: &Readable, ledger: &Ledger) -> Result<(), String> {
+        // A file with a damaged header is readable until the next start.
+        if ledger.is_damaged {
+            return Ok(());
+        }
+        let durable = machine::durable(self.machine.memory());
+        match readable.iter().find(|(id, _)| !durable.contains(id)) {
+            None => Ok(()),
+            Some((id, place)) => {
+                Err(format!("record {id} at {place:x?} is handed out and would not outlast a power cut"))
+            }
+        }
     }
 
     /// How the spool stands.
@@ -115,7 +133,8 @@ impl SimAgent {
     /// Everything is at the server, and nothing is left to be told.
     pub fn is_drained(&mut self) -> bool {
         let stats = self.spool.stats();
-        stats.backlog == 0 && stats.next_seq == stats.synced_seq + 1 && self.sync.is_none()
+        let is_welcome = self.call.as_ref().is_some_and(|call| call.is_welcome);
+        is_welcome && stats.backlog == 0 && stats.next_seq == stats.synced_seq + 1 && self.sync.is_none()
     }
 
     /// Records an event. Its number and the bytes that the spool must keep go into the ledger.
@@ -188,10 +207,6 @@ impl SimAgent {
     }
 
     fn has_synced(&mut self, ledger: &mut Ledger) -> Result<(), String> {
-        if ledger.has_moving() {
-            let readable = self.readable();
-            ledger.found(&readable, true)?;
-        }
         let stats = self.spool.stats();
         ledger.synced(stats.epoch, stats.synced_seq);
         Ok(())
@@ -213,7 +228,13 @@ impl SimAgent {
 
     /// Connects; the first bytes.
     pub fn connect(&mut self, link: u64, version: u16, about: About) -> Vec<u8> {
-        self.call = Some(Call { link, session: Session::new(version), inbox: Vec::new(), read: None });
+        self.call = Some(Call {
+            link,
+            session: Session::new(version),
+            inbox: Vec::new(),
+            is_welcome: false,
+            read: None,
+        });
         if version > 1 { frame(&ToServer::About(about)) } else { Vec::new() }
     }
 
@@ -248,12 +269,15 @@ impl SimAgent {
                 *read = self.spool.begin_read(epoch, seq, self.batch_records, BYTES).map(|t| (t, epoch, seq));
                 return Ok(None);
             };
-            if chunk.first_seq != seq {
-                return Ok(hello(session, None, chunk.first_seq));
-            }
+            let items = match session.fit(seq, chunk) {
+                Ok(items) => items,
+                Err(Step::Hello { epoch, oldest_seq, next_seq }) => {
+                    return Ok(Some(hello(session.version(), Open { epoch, oldest_seq, next_seq })));
+                }
+                Err(Step::Send { .. } | Step::Wait) => return Ok(None),
+            };
             let mut batch = BatchBuilder::default();
-            let span: u64 =
-                chunk.items.iter().take_while(|item| batch.push(item)).map(|item| item.span()).sum();
+            let span: u64 = items.iter().take_while(|item| batch.push(item)).map(Item::span).sum();
             let batch = batch.finish(epoch, seq).map_err(|error| Hangup::Broken(error.to_string()))?;
             session.sent(seq + span - 1);
             if self.mutant == Some(Mutant::AgentTakesSentForAcked) {
@@ -262,7 +286,9 @@ impl SimAgent {
             return Ok(Some(frame(&ToServer::Batch(batch))));
         }
         match session.step(&self.spool.epochs()) {
-            Step::Hello { epoch, oldest_seq } => Ok(hello(session, Some(epoch), oldest_seq)),
+            Step::Hello { epoch, oldest_seq, next_seq } => {
+                Ok(Some(hello(session.version(), Open { epoch, oldest_seq, next_seq })))
+            }
             Step::Send { epoch, seq } => {
                 *read = self.spool.begin_read(epoch, seq, self.batch_records, BYTES).map(|t| (t, epoch, seq));
                 Ok(None)
@@ -306,17 +332,14 @@ impl SimAgent {
         if let ToAgent::Heard { checkpoint, .. } = message {
             return Ok(checkpoint.map(News::Checkpoint));
         }
-        let effect = session
+        call.is_welcome |= matches!(message, ToAgent::Welcome { .. } | ToAgent::Expect { .. });
+        let mut effect = session
             .receive(message, &self.spool.epochs())
             .map_err(|violation| Hangup::Violation(violation.to_string()))?;
-        let effect = match effect {
-            Effect::Compare { epoch, seq } => {
-                let record =
-                    self.spool.record(epoch, seq).map_err(|error| Hangup::Spool(error.to_string()))?;
-                session.compared(record.map(|record| wire::fingerprint(&record)))
-            }
-            effect => effect,
-        };
+        while let Effect::Compare { epoch, seq } = effect {
+            let record = self.spool.record(epoch, seq).map_err(|error| Hangup::Spool(error.to_string()))?;
+            effect = session.compared(record.map(|record| wire::fingerprint(&record)));
+        }
         match effect {
             Effect::None | Effect::Compare { .. } => Ok(None),
             Effect::Acked { epoch, seq } => {
@@ -324,48 +347,36 @@ impl SimAgent {
                 let news = ledger.acked(epoch, seq).map_err(Hangup::Broken)?;
                 Ok((!news.is_empty()).then_some(News::Acked(news)))
             }
-            Effect::BeginEpoch => {
-                if !ledger.is_set_back {
+            Effect::LeaveEpoch { epoch, acked } => {
+                self.spool.acked(epoch, acked);
+                ledger.acked(epoch, acked).map_err(Hangup::Broken)?;
+                // Or a file is back of which the server was told that it is gone.
+                if !ledger.is_set_back && !ledger.entries.values().any(|entry| entry.was_excused) {
                     return Err(Hangup::Broken("the server knows records that the spool never had".into()));
                 }
-                Ok(Some(News::BeganEpoch(self.begin_epoch(ledger)?)))
+                self.begin_epoch(epoch, ledger)?;
+                Ok(Some(News::BeganEpoch))
             }
             Effect::Refused(reason) => Err(Hangup::Refused(reason.escaped().to_string())),
         }
     }
 
-    fn begin_epoch(&mut self, ledger: &mut Ledger) -> Result<Option<Moved>, Hangup> {
-        let mut report = None;
+    fn begin_epoch(&mut self, old: u64, ledger: &mut Ledger) -> Result<(), Hangup> {
         while self.sync.is_some() {
             self.sync_step(ledger).map_err(Hangup::Broken)?;
         }
-        let before = self.spool.stats();
-        let waits = self.spool.epochs().into_iter().find(|range| range.epoch == before.epoch);
-        let result = self.spool.begin_epoch();
+        let result = self.spool.begin_epoch(old);
         if self.machine.is_dead() {
             return Err(Hangup::Spool("died".into()));
         }
-        let after = self.spool.stats();
-        if after.epoch != before.epoch {
-            let moved = Moved {
-                failed: result.is_err(),
-                old: before.epoch,
-                oldest: waits.map_or(1, |range| range.oldest),
-                new: after.epoch,
-                lost: after.lost - before.lost,
-                dropped: after.dropped - before.dropped,
-                waiting: after.next_seq - 1 - after.synced_seq,
-            };
-            ledger.refused(moved.lost);
-            ledger.began(after.epoch);
-            let readable = self.readable();
-            ledger.moved(&readable, &moved).map_err(Hangup::Broken)?;
-            report = Some(moved);
-            ledger.synced(after.epoch, after.synced_seq);
-            self.seen = self.spool.stats();
-        }
-        result.map_err(|error| Hangup::Spool(error.to_string()))?;
-        Ok(report)
+        // Where it was broken off, some have their new numbers and some have not.
+        let readable = self.readable();
+        self.check_durable(&readable, ledger).map_err(Hangup::Broken)?;
+        ledger.began(self.spool.stats().epoch);
+        ledger.found(&readable, true).map_err(Hangup::Broken)?;
+        self.has_synced(ledger).map_err(Hangup::Broken)?;
+        self.audit(ledger).map_err(Hangup::Broken)?;
+        result.map_err(|error| Hangup::Spool(error.to_string()))
     }
 
     /// Everything that the spool would hand out, from its files.
@@ -395,36 +406,40 @@ impl SimAgent {
         if self.machine.is_dead() {
             return Ok(());
         }
-        let stats = self.spool.stats();
-        if stats.damaged_bytes > self.seen.damaged_bytes {
-            if !ledger.is_damaged {
-                return Err("the spool finds damage that nobody made".into());
-            }
+        let Stats { damaged_bytes, dropped, .. } = self.seen;
+        let is_settled = ledger.is_unsettled() && self.spool.is_settled();
+        let now = self.spool.stats();
+        if is_settled || now.damaged_bytes > damaged_bytes || now.dropped > dropped {
+            // Which may find more damage.
             let readable = self.readable();
-            ledger.cut(&readable);
+            self.seen = self.spool.stats();
+            if self.seen.damaged_bytes > damaged_bytes {
+                if !ledger.is_damaged {
+                    return Err("the spool finds damage that nobody made".into());
+                }
+                ledger.cut(&readable);
+            }
+            ledger.audit(|id, _| readable.contains_key(&id), self.seen.dropped - dropped)?;
+            if is_settled {
+                self.check_durable(&readable, ledger)?;
+                ledger.settled(&readable)?;
+            }
         }
-        let dropped = stats.dropped - self.seen.dropped;
-        self.seen = self.spool.stats();
-        ledger.audit(&self.spool.epochs(), dropped)
+        let ranges = self.spool.epochs();
+        let is_there = |_, (epoch, seq)| {
+            ranges.iter().any(|range| range.epoch == epoch && (range.oldest..range.next).contains(&seq))
+        };
+        ledger.audit(is_there, 0)
     }
 }
 
-fn hello(session: &mut Session, epoch: Option<u64>, oldest_seq: u64) -> Option<Vec<u8>> {
-    let (epoch, oldest_seq) = match epoch {
-        Some(epoch) => (epoch, oldest_seq),
-        None => match session.skipped(oldest_seq) {
-            Step::Hello { epoch, oldest_seq } => (epoch, oldest_seq),
-            _ => return None,
-        },
-    };
+fn hello(version: u16, open: Open) -> Vec<u8> {
+    if version > 1 {
+        return frame(&ToServer::Open(open));
+    }
+    let Open { epoch, oldest_seq, .. } = open;
     let (agent_version, hostname) = ("sim".into(), "pc".into());
-    Some(frame(&ToServer::Hello(Hello {
-        version: session.version(),
-        agent_version,
-        hostname,
-        epoch,
-        oldest_seq,
-    })))
+    frame(&ToServer::Hello(Hello { version, agent_version, hostname, epoch, oldest_seq }))
 }
 
 fn frame(message: &ToServer) -> Vec<u8> {

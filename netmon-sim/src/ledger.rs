@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use netmon_agent::spool::EpochRange;
 use netmon_common::model::{Event, Record};
 
 /// Why a promised record may be missing at the server.
@@ -12,14 +11,6 @@ pub enum Excuse {
     GaveWay,
     /// The spool's files were damaged.
     Damaged,
-    /// The spool's disk did not take it when it was to be numbered anew.
-    Unwritable,
-    /// A start found it in what the system shows of a file and the disk does not have, until the power was cut. A known
-    /// fault of the spool's: only the newest file is written again at a start.
-    LeftOver,
-    /// It was to be numbered anew, and that was broken off by the spool's disk. A known fault of the spool's: it does not
-    /// count what is left then, and removes it.
-    NotMoved,
     /// The spool was deleted.
     Deleted,
     /// The spool was set back to an older state.
@@ -39,14 +30,12 @@ pub struct Entry {
     pub places: Vec<Place>,
     /// It was synced.
     pub promised: bool,
-    /// A start found it, and did not bring it to disk.
-    was_left_over: bool,
+    /// A start could not read it, nor everything: it is not known whether it is still there.
+    is_unknown: bool,
     /// It was never synced and did not survive.
     pub gone: bool,
     /// It was promised, and is not in the spool any more though it was not acknowledged.
     pub left: bool,
-    /// It is being numbered anew; its place is not known.
-    moving: bool,
     /// The agent was told that the server has it, and the store was not set back to a state before that.
     pub acked: bool,
     /// The agent was once told that the server has it.
@@ -69,7 +58,18 @@ impl Entry {
     /// It is not in the spool any more.
     fn leave(&mut self, excuse: Excuse) {
         self.excuse(excuse);
-        (self.left, self.moving) = (true, false);
+        self.left = true;
+    }
+
+    /// The server may have been told that it cannot come, if something was damaged or gave way.
+    fn may_lack(&mut self, is_damaged: bool, gave_way: u64) {
+        let excuse = match (is_damaged, gave_way) {
+            (true, _) => Excuse::Damaged,
+            (false, 1..) => Excuse::GaveWay,
+            (false, 0) => return,
+        };
+        self.was_excused = true;
+        self.excuse = self.excuse.or(Some(excuse));
     }
 
     fn is_live(&self) -> bool {
@@ -82,7 +82,7 @@ impl Entry {
 
     /// It must be in the spool.
     fn is_kept(&self) -> bool {
-        self.is_live() && self.promised && !self.acked && !self.moving && self.excuse.is_none()
+        self.is_live() && self.promised && !self.acked && self.excuse.is_none() && !self.is_unknown
     }
 
     /// Its bytes under this number.
@@ -102,25 +102,6 @@ pub type Readable = BTreeMap<u64, Place>;
 /// Which records an older state of the spool holds.
 pub type Snapshot = Vec<(u64, Place)>;
 
-/// How an epoch was numbered anew; see [`Ledger::moved`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Moved {
-    /// It was broken off.
-    pub failed: bool,
-    /// The epoch before.
-    pub old: u64,
-    /// Its oldest record that waited.
-    pub oldest: u64,
-    /// The new epoch.
-    pub new: u64,
-    /// Records that the spool could not take.
-    pub lost: u64,
-    /// Records that gave way.
-    pub dropped: u64,
-    /// Records that are not synced yet.
-    pub waiting: u64,
-}
-
 /// What an agent promised. A record's identity is its boot time: in a simulation no two have the same.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
@@ -128,6 +109,8 @@ pub struct Ledger {
     pub entries: BTreeMap<u64, Entry>,
     /// The spool's files were damaged, and no start has read them since.
     pub is_damaged: bool,
+    /// The spool's files were damaged at least once.
+    pub was_damaged: bool,
     /// The spool was set back at least once: records may come twice.
     pub is_set_back: bool,
     /// The store was set back at least once.
@@ -136,6 +119,10 @@ pub struct Ledger {
     pub epochs: Vec<u64>,
     /// Epochs in which it is not known which numbers were given to records that were lost at once.
     pub unclear: BTreeSet<u64>,
+    /// A start could not read or repair everything.
+    is_unsettled: bool,
+    /// Records that gave way since then and are none that are known.
+    gave_way: u64,
     /// Something happened after which a history may begin anew.
     pub is_disturbed: bool,
     /// Records of this run that the spool refused, and those that it reported.
@@ -157,10 +144,9 @@ impl Ledger {
             places: vec![(epoch, record.seq)],
             record,
             promised: false,
-            was_left_over: false,
+            is_unknown: false,
             gone: false,
             left: false,
-            moving: false,
             acked: false,
             was_acked: false,
             excuse: None,
@@ -210,13 +196,17 @@ impl Ledger {
         let mut news = Vec::new();
         for (id, entry) in &mut self.entries {
             let (at, seq) = entry.place();
-            if !entry.is_live() || entry.acked || at != epoch || seq > through || entry.moving {
+            if !entry.is_live() || entry.acked || at != epoch || seq > through {
                 continue;
             }
             if !entry.promised {
                 return Err(format!("record {id} at {at:x}/{seq} is acknowledged and was never synced"));
             }
             (entry.acked, entry.was_acked) = (true, true);
+            if entry.is_unknown {
+                // Or the server has a gap there.
+                entry.may_lack(self.is_damaged, self.gave_way);
+            }
             news.push(*id);
         }
         Ok(news)
@@ -227,13 +217,10 @@ impl Ledger {
     ///
     /// # Errors
     /// More than that are gone.
-    pub fn audit(&mut self, ranges: &[EpochRange], dropped: u64) -> Result<(), String> {
-        let is_there = |(epoch, seq): Place| {
-            ranges.iter().any(|range| range.epoch == epoch && (range.oldest..range.next).contains(&seq))
-        };
+    pub fn audit(&mut self, has: impl Fn(u64, Place) -> bool, dropped: u64) -> Result<(), String> {
         let mut vanished = Vec::new();
         for (id, entry) in &mut self.entries {
-            if entry.is_kept() && !is_there(entry.place()) {
+            if entry.is_kept() && !has(*id, entry.place()) {
                 vanished.push((*id, entry.place()));
                 entry.leave(Excuse::GaveWay);
             }
@@ -245,6 +232,7 @@ impl Ledger {
                 shown(&vanished)
             ));
         }
+        self.gave_way += dropped - vanished.len() as u64;
         Ok(())
     }
 
@@ -257,131 +245,115 @@ impl Ledger {
         }
     }
 
-    /// A run began with a spool that can read these, and of which these would outlast a power cut.
+    /// A run began with a spool that can read these. Where it is not settled, [`Ledger::settled`] says what became of the
+    /// others.
     ///
     /// # Errors
-    /// A promised record is not among them, or one that nobody made, or one under another number.
-    pub fn started(&mut self, readable: &Readable, durable: &BTreeSet<u64>) -> Result<(), String> {
+    /// As [`Ledger::found`] and [`Ledger::settled`].
+    pub fn started(&mut self, readable: &Readable, is_settled: bool) -> Result<(), String> {
         (self.refused, self.reported) = (0, 0);
+        if !std::mem::replace(&mut self.is_unsettled, true) {
+            self.gave_way = 0;
+        }
+        for (id, entry) in &mut self.entries {
+            entry.is_unknown = entry.is_live() && !readable.contains_key(id);
+            // The server may be told that it cannot come, and a power cut may bring the file back.
+            entry.was_excused |= entry.is_unknown && self.is_damaged;
+        }
+        if !is_settled {
+            return self.found(readable, false);
+        }
+        self.settled(readable)?;
+        // It has read everything.
+        self.is_damaged = false;
+        Ok(())
+    }
+
+    /// Did a spool that was set back give the number of this record to another one, too? Where the spool does not have the
+    /// newest any more that the server has under these numbers, because that is damaged, or because the server was set
+    /// back as well, they cannot be told apart.
+    pub fn is_mistakable(&self, id: u64) -> bool {
+        let mut others = self.entries.iter().filter(|(other, _)| **other != id).map(|(_, other)| other);
+        let is_there = |place: &Place| self.entries[&id].places.contains(place);
+        let may_be = self.is_set_back && (self.was_damaged || self.is_store_set_back);
+        may_be && others.any(|other| other.places.iter().any(is_there))
+    }
+
+    /// Is it not known yet what a start found?
+    pub fn is_unsettled(&self) -> bool {
+        self.is_unsettled
+    }
+
+    /// The spool has read and repaired what its start could not.
+    ///
+    /// # Errors
+    /// A promised record is not among what it can read now, or as [`Ledger::found`].
+    pub fn settled(&mut self, readable: &Readable) -> Result<(), String> {
         self.found(readable, false)?;
+        self.is_unsettled = false;
         let mut lost = Vec::new();
         for (id, entry) in &mut self.entries {
-            if readable.contains_key(id) {
-                entry.was_left_over = !durable.contains(id);
-                entry.promised = true;
-            } else if !entry.promised {
+            if !std::mem::take(&mut entry.is_unknown) || readable.contains_key(id) {
+                continue;
+            }
+            if !entry.promised {
                 entry.gone = true;
-            } else if entry.moving || entry.is_kept() {
-                entry.moving = false;
+            } else if entry.acked {
+                // Or it was lost before that, and the server has a gap.
+                entry.may_lack(self.is_damaged, self.gave_way);
+            } else if entry.is_kept() {
                 if self.is_damaged {
                     entry.leave(Excuse::Damaged);
-                } else if entry.was_left_over {
-                    entry.leave(Excuse::LeftOver);
+                } else if self.gave_way > 0 {
+                    entry.leave(Excuse::GaveWay);
+                    self.gave_way -= 1;
                 } else {
                     lost.push((*id, entry.place()));
                 }
             }
         }
         if lost.is_empty() {
-            // A start reads everything.
-            self.is_damaged = false;
             return Ok(());
         }
         Err(format!("promised records are not in the spool after a start: {}", shown(&lost)))
     }
 
-    /// The spool can read these; with `moves` they may stand under new numbers.
+    /// The spool can read these, and hands them out; with `moves` they may stand under new numbers.
     ///
     /// # Errors
-    /// As [`Ledger::started`].
+    /// One that nobody made is among them, one that was lost, or one under another number.
     pub fn found(&mut self, readable: &Readable, moves: bool) -> Result<(), String> {
         for (id, place) in readable {
             self.began(place.0);
             let entry =
                 self.entries.get_mut(id).ok_or_else(|| format!("nobody made record {id} at {place:?}"))?;
-            if entry.gone && !self.is_set_back {
+            // What was damaged may be whole again after a power cut.
+            if entry.gone && !self.is_set_back && !self.was_damaged {
                 return Err(format!("record {id} at {place:?} is back, which was lost before it was synced"));
             }
             // A file whose removal did not come to disk comes back, and so may what an older state had not synced.
-            (entry.gone, entry.left) = (false, false);
+            (entry.gone, entry.left, entry.promised, entry.is_unknown) = (false, false, true, false);
             if !entry.was_acked && !entry.was_given_up {
                 entry.excuse = entry.excuse.filter(|excuse| *excuse != Excuse::SpoolSetBack);
             }
             if entry.place() != *place {
                 let was_there = self.is_set_back && entry.places.contains(place);
-                if !moves && !entry.moving && !was_there {
+                if !moves && !was_there {
                     return Err(format!("record {id} of {:?} stands at {place:?}", entry.place()));
                 }
                 entry.places.push(*place);
+                if moves {
+                    // Numbers of what gave way or was damaged moved, too, and nobody knows where.
+                    self.unclear.insert(place.0);
+                }
             }
-            entry.moving = false;
         }
         Ok(())
-    }
-
-    /// What waited in epoch `old` from record `oldest` on was numbered anew, in order, in epoch `new`, as far as `lost`
-    /// do not lack; the spool can read these now. `dropped` gave way meanwhile, `waiting` are not synced yet.
-    ///
-    /// # Errors
-    /// More are missing than that.
-    pub fn moved(&mut self, readable: &Readable, moved: &Moved) -> Result<(), String> {
-        let Moved { failed, old, oldest, new, lost, dropped, waiting } = *moved;
-        self.found(readable, true)?;
-        let mut missing = Vec::new();
-        let is_clear = lost == 0 && !self.is_damaged;
-        for (id, entry) in &mut self.entries {
-            let (epoch, seq) = entry.place();
-            if readable.contains_key(id)
-                || epoch != old
-                || seq < oldest
-                || !entry.is_live()
-                || !entry.promised
-            {
-                continue;
-            }
-            if is_clear {
-                entry.places.push((new, seq - oldest + 1));
-            }
-            if entry.acked || entry.excuse.is_some() {
-                continue;
-            }
-            if self.is_damaged {
-                entry.leave(Excuse::Damaged);
-                continue;
-            }
-            if failed && missing.len() as u64 >= lost + dropped + waiting {
-                entry.leave(Excuse::NotMoved);
-                continue;
-            }
-            missing.push((*id, (epoch, seq)));
-            if lost + dropped > 0 {
-                entry.leave(Excuse::Unwritable);
-            } else {
-                entry.moving = true;
-            }
-        }
-        if !is_clear {
-            self.unclear.insert(new);
-        }
-        if missing.len() as u64 > (lost + dropped).max(waiting) {
-            return Err(format!(
-                "{} records were not moved to the new epoch ({moved:?}): {}",
-                missing.len(),
-                shown(&missing)
-            ));
-        }
-        Ok(())
-    }
-
-    /// Is the place of some record unknown?
-    pub fn has_moving(&self) -> bool {
-        self.entries.values().any(|entry| entry.moving)
     }
 
     /// What a copy of the spool's files surely holds.
     pub fn snapshot(&self) -> Snapshot {
-        let live =
-            self.entries.iter().filter(|(_, entry)| entry.is_live() && entry.promised && !entry.moving);
+        let live = self.entries.iter().filter(|(_, entry)| entry.is_live() && entry.promised);
         live.map(|(id, entry)| (*id, entry.place())).collect()
     }
 
@@ -404,11 +376,12 @@ impl Ledger {
         let is_set_back = excuse == Excuse::SpoolSetBack;
         self.is_set_back |= is_set_back;
         self.is_disturbed = true;
+        self.is_unsettled = false;
         let held: BTreeMap<u64, Place> = to.iter().copied().collect();
         for (id, entry) in &mut self.entries {
             match held.get(id) {
                 Some(place) => {
-                    (entry.gone, entry.left, entry.moving) = (false, false, false);
+                    (entry.gone, entry.left, entry.is_unknown) = (false, false, false);
                     if entry.place() != *place {
                         entry.places.push(*place);
                     }
@@ -416,7 +389,6 @@ impl Ledger {
                 None if !entry.promised => entry.gone = true,
                 None => {
                     entry.left = true;
-                    entry.moving = false;
                     // Whatever was to be told of it is not told any more, either.
                     if !entry.acked || entry.excuse.is_some() {
                         entry.excuse(excuse);

@@ -21,6 +21,4 @@ pub enum Mutant {
     ServerForgetsGaps,
     /// The server stores a record with a flipped bit.
     ServerFlipsABit,
-    /// A server's answers to one connection come in the wrong order.
-    AnswersOutOfOrder,
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use netmon_common::model::Record;
+use netmon_common::model::{Event, Gap, GapReason, Record};
 use netmon_server::chain::{self, Entry};
 use netmon_server::notice::Notice;
 use netmon_server::store::{AgentId, history};
@@ -27,15 +27,12 @@ pub struct Verdict {
     pub doubles: u64,
     /// Promised records that are missing, for a reason that is known and said.
     pub missing: u64,
-    /// Missing records whose numbers the server has for others; see [`is_overwritten`].
-    pub overwritten: u64,
-    /// Missing records of epochs that gave way wholly before the server heard of them. The spool counted them, but its
-    /// count may have given way, too. A known fault of the agent's.
+    /// Missing records of which the spool's own gap tells: the server had not heard of their numbers, or heard of them
+    /// after later ones.
+    pub told: u64,
+    /// Missing records of epochs that gave way wholly before the server heard of them, and the spool's own gap with
+    /// them.
     pub unheard: u64,
-    /// Missing records that a run had only because a start found them; see [`Excuse::LeftOver`].
-    pub left_over: u64,
-    /// Missing records; see [`Excuse::NotMoved`].
-    pub not_moved: u64,
     /// Missing records that nothing in the store tells of: nobody but the lost disk knew them.
     pub unseen: u64,
 }
@@ -52,6 +49,10 @@ struct History {
     /// Where each epoch stands.
     next: BTreeMap<u64, u64>,
     is_noticed: bool,
+    /// Records in gaps of the spool's own: it was full.
+    told: u64,
+    /// A gap of the spool's own: it was damaged.
+    tells_damage: bool,
 }
 
 /// Which records of an agent a store holds: identity and place.
@@ -68,17 +69,6 @@ pub fn held(conn: &Connection, agent: AgentId) -> Result<BTreeMap<u64, Vec<Place
     Ok(held)
 }
 
-/// Has the server another record under the number of this one, in an epoch that the spool has left? After a spool was set
-/// back, a session compares the current epoch only: a known fault of the agent's.
-pub fn is_overwritten(id: u64, held: &BTreeMap<u64, Vec<Place>>, ledger: &Ledger) -> bool {
-    let Some(entry) = ledger.entries.get(&id) else { return false };
-    ledger.is_set_back
-        && entry.places.iter().any(|place| {
-            let is_taken = held.values().any(|places| places.contains(place));
-            is_taken && ledger.epochs.last() != Some(&place.0)
-        })
-}
-
 /// Is the whole of an agent's history in order, and everything in it that the agent promised?
 ///
 /// # Errors
@@ -89,7 +79,7 @@ pub fn verify(
     uuid: &[u8; 16],
     ledger: &Ledger,
 ) -> Result<Verdict, String> {
-    let history = read(conn, agent, uuid)?;
+    let mut history = read(conn, agent, uuid)?;
     let mut verdict = Verdict { restarts: history.restarts.len() as u64, ..Verdict::default() };
     for (id, copies) in &history.records {
         verdict.records += copies.len() as u64;
@@ -131,19 +121,19 @@ pub fn verify(
     if history.is_noticed && !ledger.is_store_set_back {
         return Err("the store is said to be set back, and was not".into());
     }
-    let held = held(conn, agent)?;
     for (id, entry) in &ledger.entries {
         if !entry.promised || entry.gone || history.records.contains_key(id) {
             continue;
         }
         verdict.missing += 1;
         let shown = || format!("promised record {id} of {:x?} ({})", entry.places, kind(entry));
-        let Some(excuse) = entry.excuse else {
-            if is_overwritten(*id, &held, ledger) {
-                verdict.overwritten += 1;
+        let excuse = match entry.excuse {
+            Some(excuse) => excuse,
+            None if ledger.is_mistakable(*id) => {
+                verdict.unseen += 1;
                 continue;
             }
-            return Err(format!("{} is missing", shown()));
+            None => return Err(format!("{} is missing", shown())),
         };
         let in_gap = entry.places.iter().any(|(epoch, seq)| {
             history.gaps.iter().any(|(at, from, to)| at == epoch && (from..=to).contains(&seq))
@@ -155,18 +145,23 @@ pub fn verify(
         if in_gap || in_restart {
             continue;
         }
-        let known = entry.places.iter().any(|(epoch, _)| history.next.contains_key(epoch));
+        let known =
+            entry.places.iter().any(|(epoch, _)| history.next.get(epoch).is_some_and(|next| *next > 1));
         match excuse {
+            Excuse::GaveWay if history.told > 0 => {
+                history.told -= 1;
+                verdict.told += 1;
+            }
+            Excuse::Damaged if history.tells_damage => verdict.told += 1,
             // The record was on that disk alone, and what came before the state to which it was set back, too.
             Excuse::SpoolSetBack => verdict.unseen += 1,
             // The server had never heard of it.
             Excuse::Deleted | Excuse::Damaged if !known || ledger.is_set_back => verdict.unseen += 1,
             Excuse::StoreSetBack if history.is_noticed => {}
-            Excuse::NotMoved => verdict.not_moved += 1,
-            Excuse::LeftOver => verdict.left_over += 1,
             Excuse::GaveWay if !known => verdict.unheard += 1,
             // Before the first checkpoint there is no witness.
             Excuse::StoreSetBack if !known => verdict.unseen += 1,
+            _ if ledger.is_mistakable(*id) => verdict.unseen += 1,
             _ => {
                 return Err(format!("{} is missing ({excuse:?}), and nothing in the store says so", shown()));
             }
@@ -225,6 +220,13 @@ fn read(conn: &Connection, agent: AgentId, uuid: &[u8; 16]) -> Result<History, S
                     Record::from_bytes(bytes).map_err(|error| format!("{epoch:x}/{seq}: {error}"))?;
                 if record.seq != seq {
                     return Err(format!("record {} is at {epoch:x}/{seq}", record.seq));
+                }
+                match record.event {
+                    Event::Gap(Gap { reason: GapReason::SpoolFull, count, .. }) => {
+                        found.told += count.unwrap_or_default();
+                    }
+                    Event::Gap(Gap { reason: GapReason::SpoolDamaged, .. }) => found.tells_damage = true,
+                    _ => {}
                 }
                 found.records.entry(record.boot_ns).or_default().push((epoch, seq, bytes.to_vec()));
             }

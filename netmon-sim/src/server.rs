@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use jiff::tz::TimeZone;
 use netmon_common::wire::{self, Checkpoint, ToAgent, ToServer};
-use netmon_server::conversation::{Action, Conversation, Stop, Work};
+use netmon_server::conversation::{Action, Applied, Conversation, Stop, Work};
 use netmon_server::store::{self, AgentId, Enrolled, Newcomer, Store, history};
 use netmon_server::tokens;
 use netmon_server::writer::Committer;
@@ -42,6 +42,7 @@ struct Job {
     link: u64,
     work: Work,
     now_ns: i64,
+    is_hello: bool,
 }
 
 /// What came of a server's step, for each connection: bytes for the agent, or its end.
@@ -110,7 +111,10 @@ impl Server {
             let _ = store.conn().pragma_update(None, "wal_autocheckpoint", checkpoint_pages);
             Ok(store)
         };
-        let mut store = open().map_err(|error: store::StoreError| error.to_string())?;
+        // Which number the mount has is by chance.
+        let directory = mount.path("").display().to_string();
+        let mut store =
+            open().map_err(|error: store::StoreError| error.to_string().replace(&directory, ""))?;
         store.write(|tx| store::forget_connections(tx)).map_err(|error| error.to_string())?;
         Ok(Self {
             committer: Committer::new(store, open),
@@ -165,12 +169,13 @@ impl Server {
                 Ok(None) => break,
                 Err(error) => return vec![(link, Output::Close(Some(Stop::Fault(error))))],
             };
+            let is_hello = matches!(message, ToServer::Hello(_) | ToServer::Open(_));
             match talk.conversation.receive(message) {
                 Ok(Action::Store(work)) => {
                     self.jobs += 1;
                     let number = self.jobs;
                     talk.slots.push_back(Slot::Waiting(number));
-                    self.queue.push_back(Job { number, link, work, now_ns });
+                    self.queue.push_back(Job { number, link, work, now_ns, is_hello });
                 }
                 Ok(Action::Heartbeat(_)) => {
                     let newest = self.checkpoints.get(&(talk.pc as i64 + 1));
@@ -198,11 +203,11 @@ impl Server {
         }
         let steps = group.into_iter().map(|job| {
             move |conn: &rusqlite::Connection| {
-                let result = job.work.apply(conn, job.now_ns)?;
-                if let (Some(mutant), Ok(answer)) = (mutant, &result) {
-                    spoil(mutant, conn, answer.as_ref())?;
+                let applied = job.work.apply(conn, job.now_ns)?;
+                if let Some(mutant) = mutant {
+                    spoil(mutant, conn, job.is_hello)?;
                 }
-                Ok((job.number, result))
+                Ok((job.number, applied))
             }
         });
         let committed = self.committer.commit(steps);
@@ -210,14 +215,13 @@ impl Server {
             // It died before it could answer.
             return outputs;
         }
-        let mut results: BTreeMap<u64, Result<Option<ToAgent>, Stop>> =
-            committed.unwrap_or_default().into_iter().collect();
+        let mut results: BTreeMap<u64, Option<Applied>> = committed.unwrap_or_default().into_iter().collect();
         for (number, link) in numbers {
             let Some(talk) = self.talks.get_mut(&link) else { continue };
             let at =
                 talk.slots.iter().position(|slot| matches!(slot, Slot::Waiting(this) if *this == number));
             let Some(at) = at else { continue };
-            match results.remove(&number) {
+            match results.remove(&number).flatten().map(Applied::committed) {
                 Some(Ok(Some(answer))) => talk.slots[at] = Slot::Ready(answer),
                 Some(Ok(None)) => drop(talk.slots.remove(at)),
                 failed => {
@@ -237,9 +241,6 @@ impl Server {
     fn flush(&mut self) -> Vec<(u64, Output)> {
         let mut outputs = Vec::new();
         for (link, talk) in &mut self.talks {
-            if self.mutant == Some(Mutant::AnswersOutOfOrder) {
-                talk.slots.make_contiguous().sort_by_key(|slot| matches!(slot, Slot::Waiting(_)));
-            }
             while let Some(Slot::Ready(_)) = talk.slots.front() {
                 let Some(Slot::Ready(answer)) = talk.slots.pop_front() else { break };
                 outputs.push((*link, Output::Bytes(wire::encode_frame(&answer).unwrap_or_default())));
@@ -277,7 +278,8 @@ impl Server {
         let answers = store.write(|tx| group.iter().map(|job| job.work.apply(tx, job.now_ns)).collect());
         let answers: Vec<_> = answers.unwrap_or_default();
         for (job, answer) in group.iter().zip(answers) {
-            if let (Some(talk), Ok(Some(answer))) = (self.talks.get_mut(&job.link), answer) {
+            let answer = answer.map(Applied::committed);
+            if let (Some(talk), Some(Ok(Some(answer)))) = (self.talks.get_mut(&job.link), answer) {
                 for slot in &mut talk.slots {
                     if matches!(slot, Slot::Waiting(number) if *number == job.number) {
                         *slot = Slot::Ready(answer.clone());
@@ -291,8 +293,7 @@ impl Server {
 }
 
 /// What the mutants do to the store behind a step.
-fn spoil(mutant: Mutant, conn: &rusqlite::Connection, answer: Option<&ToAgent>) -> rusqlite::Result<()> {
-    let is_hello = matches!(answer, Some(ToAgent::Expect { .. } | ToAgent::Welcome { .. }));
+fn spoil(mutant: Mutant, conn: &rusqlite::Connection, is_hello: bool) -> rusqlite::Result<()> {
     match mutant {
         Mutant::ServerSkipsARecord if is_hello => {
             conn.execute("UPDATE epochs SET next_seq = next_seq + 1", [])?;

@@ -436,7 +436,7 @@ mod tests {
             let third = insert(&mut store, 3).is_ok();
             disk.cut_power();
             drop(store);
-            let store = Store::open_with(&mounted.path("store"), NAME).unwrap();
+            let store = open_again(&disk);
             assert!((2 + i64::from(third)..=3).contains(&count(&store)), "seed {seed}");
             let check: String =
                 store.conn().query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
@@ -457,6 +457,7 @@ mod tests {
             insert(&mut store, 1).unwrap();
             disk.cut_power();
             drop(store);
+            let mounted = mount(&disk);
             let left = Store::open_with(&mounted.path("store"), NAME);
             left.map_or(true, |store| count(&store) == 0)
         });

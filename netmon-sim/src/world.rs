@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use netmon_agent::spool::Limits;
 use netmon_agent::spool::format::HEADER;
 use netmon_agent::spool::sim::Memory;
-use netmon_common::model::{Event, Gap, GapReason, Hook, Interface};
+use netmon_common::model::{AgentStarted, Event, Gap, GapReason, Hook, Interface};
 use netmon_common::raw::Raw;
 use netmon_common::wire::{About, Checkpoint};
 use netmon_server::conversation::Stop;
@@ -620,7 +620,7 @@ impl World {
                         self.check_durable(pc, &ids)?;
                     }
                 }
-                Some(News::BeganEpoch(_)) => {
+                Some(News::BeganEpoch) => {
                     self.tally.event("epochs begun as the server knew other records", 1)
                 }
                 Some(News::Checkpoint(checkpoint)) => self.pcs[pc].witness = Some(checkpoint),
@@ -644,7 +644,7 @@ impl World {
         let held = oracle::held(store.conn(), *id)?;
         let missing = ids.iter().find(|id| {
             let is_excused = ledger.entries.get(id).is_some_and(|entry| entry.excuse.is_some());
-            !held.contains_key(id) && !is_excused && !oracle::is_overwritten(**id, &held, ledger)
+            !held.contains_key(id) && !is_excused
         });
         match missing {
             None => Ok(()),
@@ -708,15 +708,23 @@ impl World {
         let recovered = agent.recovered;
         self.tally.event("starts of an agent", 1);
         self.tally.event("epochs begun at a start", u64::from(recovered.new_epoch && recovered.run > 1));
-        if recovered.damaged_bytes > 0 {
-            let wall_ns = pc.wall_ns;
-            let gap = Gap {
-                reason: GapReason::SpoolDamaged,
-                from_wall_ns: recovered.last_wall_ns.unwrap_or(wall_ns),
-                to_wall_ns: wall_ns,
-                count: Some(recovered.damaged_bytes),
-            };
-            agent.record(wall_ns, Event::Gap(gap), &mut pc.ledger)?;
+        // As the agent's `watch` does it.
+        let to_wall_ns = pc.wall_ns;
+        let started = AgentStarted {
+            version: "sim".into(),
+            kernel: "6.1".into(),
+            hostname: "pc".into(),
+            boot_id: [1; 16],
+            previous_run_died: recovered.previous_run_died,
+        };
+        agent.record(to_wall_ns, Event::AgentStarted(started), &mut pc.ledger)?;
+        let down = recovered.last_wall_ns.map(|last| (GapReason::AgentDown, last, None));
+        let bytes = Some(recovered.damaged_bytes).filter(|bytes| *bytes > 0);
+        let last = recovered.last_wall_ns.unwrap_or(to_wall_ns);
+        let damaged = bytes.map(|bytes| (GapReason::SpoolDamaged, last, Some(bytes)));
+        for (reason, from_wall_ns, count) in down.into_iter().chain(damaged) {
+            let gap = Gap { reason, from_wall_ns, to_wall_ns, count };
+            agent.record(to_wall_ns, Event::Gap(gap), &mut pc.ledger)?;
         }
         pc.agent = Some(agent);
         self.note(|| format!("     {recovered:?}"));
@@ -901,7 +909,7 @@ impl World {
         let pc = &mut self.pcs[at];
         let Some(name) = self.rng.choice(pc.memory.names()) else { return false };
         let rng = &mut self.rng;
-        pc.ledger.is_damaged = true;
+        (pc.ledger.is_damaged, pc.ledger.was_damaged) = (true, true);
         pc.ledger.is_disturbed = true;
         pc.memory.damage(&name, |bytes| match rng.u8(..4) {
             _ if bytes.is_empty() => {}
@@ -1095,13 +1103,9 @@ impl World {
             tally.event("histories that began anew though nothing was lost", verdict.needless_restarts);
             tally.event("records that came twice after a spool was set back", verdict.doubles);
             tally.event("promised records that are missing with a reason", verdict.missing);
+            tally.event("of these told by the spool alone", verdict.told);
             tally.event(
-                "KNOWN: records of a set back spool that are lost in an older epoch",
-                verdict.overwritten,
-            );
-            tally.event("KNOWN: records that a start found and did not sync", verdict.left_over);
-            tally.event(
-                "KNOWN: records of epochs that gave way before the server heard of them",
+                "of these not told: their epoch gave way before the server heard of it",
                 verdict.unheard,
             );
             tally.event("of these not seen by the server: they were on the lost disk alone", verdict.unseen);

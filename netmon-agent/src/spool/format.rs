@@ -21,6 +21,9 @@
 //!        u64    count of the numbers, 1 or more
 //! ```
 //!
+//! In every version to come, magic, version and checksum of the header stay where they are: a newer version is told from a
+//! flipped bit.
+//!
 //! All numbers are little-endian. The checksum covers the frame's number, so that a frame in a wrong place is
 //! as bad as a damaged one; a length of 0 is never valid, so that zeros at a file's end (a power cut) are none.
 
@@ -90,11 +93,11 @@ impl Header {
         if bytes[..8] != MAGIC {
             return Err(HeaderError::Damaged);
         }
-        if version > VERSION {
-            return Err(HeaderError::Newer(version));
-        }
         if u32_at(bytes, 40).is_none_or(|crc| crc != crc32c::crc32c(&bytes[..40])) {
             return Err(HeaderError::Damaged);
+        }
+        if version > VERSION {
+            return Err(HeaderError::Newer(version));
         }
         let header = (|| {
             Some(Self {
@@ -335,6 +338,9 @@ mod tests {
     fn a_newer_version_is_told_from_damage() {
         let mut bytes = HEADER_1.encode();
         bytes[8] = 3;
+        assert_eq!(Header::decode(&bytes), Err(HeaderError::Damaged));
+        let crc = crc32c::crc32c(&bytes[..40]);
+        bytes[40..].copy_from_slice(&crc.to_le_bytes());
         assert_eq!(Header::decode(&bytes), Err(HeaderError::Newer(3)));
     }
 }

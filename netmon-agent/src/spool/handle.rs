@@ -144,10 +144,10 @@ impl SpoolHandle {
     ///
     /// # Errors
     /// As there.
-    pub async fn begin_epoch(&self) -> Result<(), SpoolError> {
-        self.in_background(|handle| {
+    pub async fn begin_epoch(&self, old: u64) -> Result<(), SpoolError> {
+        self.in_background(move |handle| {
             let _one_at_a_time = handle.syncing();
-            handle.spool().begin_renewal()?;
+            handle.spool().begin_renewal(old)?;
             // Enough for all segments, and for what comes meanwhile in moments without a record. Where there is none,
             // recording has to wait for the rest.
             let steps = 16 + 2 * handle.spool().segments.len();
@@ -163,7 +163,7 @@ impl SpoolHandle {
                     None => return Ok(()),
                 }
             }
-            handle.spool().begin_epoch()
+            handle.spool().begin_epoch(old)
         })
         .await
     }

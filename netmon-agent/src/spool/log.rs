@@ -326,7 +326,7 @@ impl<F: Files> Spool<F> {
         }
         Ok(Some(SyncTicket {
             files: Arc::clone(&self.files),
-            run_file: self.run_file_due.then_some(RunFile { run: self.counted_run, stopped: None }),
+            run_file: self.run_file_due.then_some(self.run_file()),
             segment: self.active_segment().filter(|_| !self.unsynced.is_empty()),
             directory,
             directory_changes: self.directory_changes,
@@ -351,7 +351,7 @@ impl<F: Files> Spool<F> {
             }
             return Err(SpoolError::Sync { name, source });
         }
-        self.run_file_due &= ticket.run_file.is_none();
+        self.run_file_due &= ticket.run_file != Some(self.run_file());
         self.directory_synced = self.directory_synced.max(ticket.directory_changes);
         // A segment left behind since (damage found by a reader) has nothing of this ticket any more.
         let is_same = ticket
@@ -422,24 +422,30 @@ impl<F: Files> Spool<F> {
     pub fn close(&mut self) -> Result<(), SpoolError> {
         self.sync_records()?;
         let stopped = Some((self.epoch, self.next_seq));
-        let written = RunFile { run: self.counted_run, stopped }.write(&*self.files);
+        let written = RunFile { stopped, ..self.run_file() }.write(&*self.files);
         written.map_err(|source| SpoolError::RunFile { name: RUN_FILE, source })
+    }
+
+    /// What the directory has to know of this run while it goes on.
+    pub(super) fn run_file(&self) -> RunFile {
+        RunFile { run: self.counted_run, stopped: None, epoch: Some(self.epoch) }
+    }
+
+    /// False while something in the directory is not known, not repaired or not to be handed out.
+    pub fn is_settled(&self) -> bool {
+        self.is_surveyed && self.segments.iter().all(|segment| !segment.is_held)
     }
 
     /// How the spool stands.
     pub fn stats(&self) -> Stats {
         let mut backlog = self.next_seq - self.synced_next;
         let mut oldest_wall_ns = None;
-        let mut behind = (0, 0);
         for segment in &self.segments {
-            let counted = if behind.0 == segment.epoch { behind.1 } else { 0 };
-            // What a failed fsync left in two segments counts once.
-            let waiting = segment.waiting().min(segment.end().saturating_sub(counted));
+            let waiting = segment.waiting();
             if waiting > 0 && oldest_wall_ns.is_none() {
                 oldest_wall_ns = segment.marks.at(segment.acked_next);
             }
             backlog += waiting;
-            behind = (segment.epoch, segment.end().max(counted));
         }
         if oldest_wall_ns.is_none() && self.next_seq > self.synced_next {
             oldest_wall_ns = self.unsynced_stamps.map(|(first, _)| first.wall_ns);

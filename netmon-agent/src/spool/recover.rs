@@ -9,7 +9,7 @@ use netmon_common::model::Record;
 use serde::{Deserialize, Serialize};
 
 use super::files::{Disk, Files, read_at_most, remove_if_there, replace};
-use super::format::{HEADER, Header, HeaderError, MAX_SEQ};
+use super::format::{HEADER, Header, HeaderError, MAX_SEQ, frames};
 use super::log::{Limits, Spool, SpoolError};
 use super::segment::Segment;
 
@@ -57,18 +57,55 @@ pub(super) struct RunFile {
     pub run: u32,
     /// Epoch and next number at its end in good order.
     pub stopped: Option<(u64, u64)>,
+    /// The epoch in which it recorded last. Written before damage is cut off: where the segments end in another epoch, that
+    /// one is over, and its numbers may have been given to records that are not there any more.
+    #[serde(default)]
+    pub epoch: Option<u64>,
+}
+
+/// The file as it is written.
+#[derive(Serialize, Deserialize)]
+struct Checked {
+    #[serde(flatten)]
+    file: RunFile,
+    #[serde(default)]
+    crc: Option<u32>,
 }
 
 impl RunFile {
     /// `None` when it is damaged.
     fn parse(bytes: &[u8]) -> Option<Self> {
-        let file: Self = serde_json::from_slice(bytes).ok()?;
+        let Checked { file, crc } = serde_json::from_slice(bytes).ok()?;
         let possible = file.stopped.is_none_or(|(_, next_seq)| (1..=MAX_SEQ).contains(&next_seq));
-        possible.then_some(file)
+        // Netmon 0.1.0 wrote neither epoch nor checksum.
+        let is_whole = crc.map_or(file.epoch.is_none(), |crc| crc == file.crc());
+        (possible && is_whole).then_some(file)
+    }
+
+    fn crc(&self) -> u32 {
+        let (epoch, next_seq) = self.stopped.unwrap_or_default();
+        let words = [self.run.into(), epoch, next_seq, self.epoch.unwrap_or_default()];
+        words.iter().fold(0, |crc, word: &u64| crc32c::crc32c_append(crc, &word.to_le_bytes()))
+    }
+
+    /// Where an epoch surely ended, so that a run may go on in it. `segments`: in order, none of them empty.
+    fn go_on_at<'a>(&self, segments: impl Iterator<Item = &'a Segment> + Clone) -> Option<(u64, u64)> {
+        let end = segments.clone().last().map(|last| {
+            let same = segments.filter(|segment| segment.epoch == last.epoch);
+            (last.epoch, same.map(Segment::end).max().unwrap_or(1))
+        });
+        let position = match (self.stopped, end) {
+            // All was acknowledged and removed.
+            (Some(stopped), None) => Some(stopped),
+            (Some(stopped), Some(end)) => (stopped == end).then_some(end),
+            (None, end) => end,
+        };
+        position.filter(|(epoch, _)| self.epoch.is_none_or(|own| own == *epoch))
     }
 
     pub fn write<F: Files>(&self, files: &F) -> io::Result<()> {
-        replace(files, RUN_FILE, &serde_json::to_vec(self)?)?;
+        let checked = Checked { file: *self, crc: Some(self.crc()) };
+        replace(files, RUN_FILE, &serde_json::to_vec(&checked)?)?;
         files.sync_directory()
     }
 }
@@ -99,7 +136,7 @@ impl Spool<Disk> {
 /// A segment as it was found.
 struct Found {
     segment: Segment,
-    run: u32,
+    header: Header,
     /// Header and whole frames; kept only while they may have to be written again.
     whole: Option<Vec<u8>>,
     /// Bytes behind the whole frames.
@@ -114,11 +151,16 @@ pub struct Survey {
     next_number: u64,
     /// Where the run before stopped, if it is sure that this one may go on there.
     position: Option<(u64, u64)>,
+    /// The run file could not be written.
+    run_file_due: bool,
     leftovers: Vec<String>,
 }
 
 /// The reading of a directory that could not be read so far; see [`Spool::begin_recovery`].
-pub struct RecoveryTicket<F: Files = Disk>(Arc<F>);
+pub struct RecoveryTicket<F: Files = Disk> {
+    files: Arc<F>,
+    epoch: u64,
+}
 
 impl<F: Files> RecoveryTicket<F> {
     /// Reads every segment: may take long, needs no lock. Give the result to [`Spool::finish_recovery`].
@@ -126,7 +168,8 @@ impl<F: Files> RecoveryTicket<F> {
     /// # Errors
     /// [`SpoolError::Recover`]: worth another try.
     pub fn run(&self) -> Result<Survey, SpoolError> {
-        survey(&*self.0)
+        // Records wait for their disk under this epoch's numbers.
+        survey(&*self.files, self.epoch, false)
     }
 }
 
@@ -143,7 +186,7 @@ impl<F: Files> Spool<F> {
     ) -> Result<(Self, Recovered), OpenError> {
         let epoch = random().map_err(OpenError::Random)?;
         let mut spool = Self::new(files, limits, epoch, Box::new(random));
-        let mut recovered = match survey(&*spool.files) {
+        let mut recovered = match survey(&*spool.files, spool.epoch, true) {
             Ok(survey) => {
                 let recovered = survey.recovered;
                 spool.run = recovered.run;
@@ -151,9 +194,6 @@ impl<F: Files> Spool<F> {
                     (spool.epoch, spool.next_seq, spool.synced_next) = (epoch, next_seq, next_seq);
                 }
                 spool.install(survey);
-                let written = RunFile { run: spool.counted_run, stopped: None }.write(&*spool.files);
-                spool.run_file_due = written.is_err();
-                spool.trouble = written.err().map(|error| error.to_string());
                 recovered
             }
             Err(SpoolError::Recover { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
@@ -164,11 +204,9 @@ impl<F: Files> Spool<F> {
                 Recovered { new_epoch: true, ..Recovered::default() }
             }
         };
-        recovered.is_incomplete = spool.trouble.is_some()
-            || !spool.leftovers.is_empty()
-            || spool.segments.iter().any(|segment| segment.is_held);
+        recovered.is_incomplete = spool.run_file_due || !spool.leftovers.is_empty() || !spool.is_settled();
         if recovered.is_incomplete {
-            let trouble = spool.trouble.as_deref().unwrap_or("a segment cannot be repaired");
+            let trouble = spool.trouble.as_deref().unwrap_or("a file cannot be written or removed");
             tracing::error!(
                 spool = %path.display(),
                 trouble,
@@ -181,7 +219,8 @@ impl<F: Files> Spool<F> {
 
     /// `None`: the directory was read.
     pub fn begin_recovery(&self) -> Option<RecoveryTicket<F>> {
-        (!self.is_surveyed).then(|| RecoveryTicket(Arc::clone(&self.files)))
+        let ticket = || RecoveryTicket { files: Arc::clone(&self.files), epoch: self.epoch };
+        (!self.is_surveyed).then(ticket)
     }
 
     /// Takes note of what was found; this run's epoch goes on behind it.
@@ -202,27 +241,21 @@ impl<F: Files> Spool<F> {
         self.is_surveyed = true;
         self.counted_run = survey.recovered.run;
         self.next_number = survey.next_number;
+        self.run_file_due = survey.run_file_due;
         self.segments = survey.segments;
         self.leftovers = survey.leftovers;
     }
 }
 
-fn survey<F: Files>(files: &F) -> Result<Survey, SpoolError> {
+/// `epoch`: where this run records, unless it `may_go_on` in the one before.
+fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, SpoolError> {
     let failed = |name: &str, source| SpoolError::Recover { name: name.to_owned(), source };
     let mut recovered = Recovered::default();
-    let mut leftovers = Vec::new();
-    let mut remove = |name: &str| {
-        if remove_if_there(files, name).is_err() {
-            leftovers.push(name.to_owned());
-        }
-    };
 
     let names = files.make_directory().and_then(|()| files.list());
     let mut names = names.map_err(|source| failed("the directory", source))?;
     names.sort_unstable();
-    for tmp in names.iter().filter(|name| name.ends_with(".tmp")) {
-        remove(tmp);
-    }
+    let mut useless: Vec<String> = names.iter().filter(|name| name.ends_with(".tmp")).cloned().collect();
     let mut numbers: Vec<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
     // Beyond ten digits, names sort in another order.
     numbers.sort_unstable();
@@ -241,7 +274,7 @@ fn survey<F: Files>(files: &F) -> Result<Survey, SpoolError> {
         let name = segment_name(number);
         let bytes = read_all(files, &name).map_err(|source| failed(&name, source))?;
         match Header::decode(&bytes) {
-            Ok(header) if header.number == number => found.push(examine(&header, bytes)),
+            Ok(header) if header.number == number => push(&mut found, examine(header, bytes)),
             Err(HeaderError::Newer(version)) => {
                 tracing::warn!(segment = name, version, "spool segment of a newer agent is left alone");
                 recovered.newer_segments += 1;
@@ -251,79 +284,112 @@ fn survey<F: Files>(files: &F) -> Result<Survey, SpoolError> {
                 if bytes.len() > HEADER {
                     recovered.damaged_bytes += bytes.len() as u64;
                 }
-                remove(&name);
+                useless.push(name);
             }
         }
     }
 
-    let known_runs = found.iter().map(|found| found.run).chain(run_file.map(|file| file.run));
+    let known_runs = found.iter().map(|found| found.header.run).chain(run_file.map(|file| file.run));
     let last_run = known_runs.max().unwrap_or(0);
     recovered.run = last_run.saturating_add(1);
-    let stopped = run_file.and_then(|file| file.stopped);
+    // A later run that could not write the file did not end in good order.
+    let stopped = run_file.filter(|file| file.run == last_run).and_then(|file| file.stopped);
     recovered.previous_run_died = last_run > 0 && stopped.is_none();
 
-    repair(files, &mut found, &mut recovered);
-    for empty in found.extract_if(.., |found| found.segment.span == 0) {
-        remove(&empty.segment.name());
+    count_torn(&found, &mut recovered);
+    let is_whole = recovered.damaged_bytes == 0 && recovered.newer_segments == 0;
+    let filled = || found.iter().map(|found| &found.segment).filter(|segment| segment.span > 0);
+    let mut position = run_file.filter(|_| is_whole && may_go_on).and_then(|file| file.go_on_at(filled()));
+    let epoch = Some(position.map_or(epoch, |(epoch, _)| epoch));
+    // Before what tells of damage goes.
+    let mut run_file_due = RunFile { run: recovered.run, stopped: None, epoch }.write(files).is_err();
+    repair(files, &mut found, stopped, !run_file_due);
+    useless.extend(found.extract_if(.., |found| found.segment.span == 0).map(|found| found.segment.name()));
+    useless.retain(|name| run_file_due || remove_if_there(files, name).is_err());
+    if found.iter().any(|found| found.segment.is_held) {
+        // It must not seem to have given way, and this run's records need not wait for it.
+        (position, run_file_due) = (None, true);
     }
+    recovered.new_epoch = position.is_none();
 
     let newest = found.iter().rev().find_map(|found| found.newest.as_ref());
     recovered.last_wall_ns = newest.map(|record| record.wall_ns);
     recovered.last_boot_ns = newest.map(|record| record.boot_ns);
 
     let segments: VecDeque<Segment> = found.into_iter().map(|found| found.segment).collect();
-    let is_whole = recovered.damaged_bytes == 0
-        && recovered.newer_segments == 0
-        && segments.iter().all(|segment| !segment.is_held);
-    let position = if is_whole { run_file.and_then(|_| go_on_at(stopped, &segments)) } else { None };
-    recovered.new_epoch = position.is_none();
-    Ok(Survey { recovered, segments, next_number, position, leftovers })
+    Ok(Survey { recovered, segments, next_number, position, run_file_due, leftovers: useless })
 }
 
-/// Where an epoch surely ended, so that this run may go on in it.
-fn go_on_at(stopped: Option<(u64, u64)>, segments: &VecDeque<Segment>) -> Option<(u64, u64)> {
-    let end = segments.back().map(|last| {
-        let same = segments.iter().filter(|segment| segment.epoch == last.epoch);
-        (last.epoch, same.map(Segment::end).max().unwrap_or(1))
-    });
-    match (stopped, end) {
-        // All was acknowledged and removed.
-        (Some(stopped), None) => Some(stopped),
-        (Some(stopped), Some(end)) => (stopped == end).then_some(end),
-        (None, end) => end,
+fn examine(header: Header, mut bytes: Vec<u8>) -> Found {
+    let (segment, newest) = Segment::examine(&header, &bytes[HEADER..]);
+    let rest = bytes.len() as u64 - segment.bytes;
+    bytes.truncate(segment.bytes as usize);
+    Found { segment, header, whole: Some(bytes), rest, newest }
+}
+
+/// Adds a segment behind the others. What it begins with was not synced in the one before, which a failed fsync ended
+/// there: what is seen of it there counts for nothing, or it would be taken for synced as soon as this one is gone.
+fn push(found: &mut Vec<Found>, new: Found) {
+    let Segment { epoch, first_seq, span, .. } = new.segment;
+    let before = found.iter_mut().rev().find(|found| found.segment.span > 0);
+    if span > 0
+        && let Some(before) = before
+    {
+        if before.segment.epoch == epoch && before.segment.end() > first_seq {
+            before.cut(first_seq);
+        }
+        if (before.segment.epoch, before.segment.end()) == (epoch, first_seq) && before.rest == 0 {
+            // It was synced before this one began.
+            before.whole = None;
+        }
+    }
+    found.push(new);
+}
+
+impl Found {
+    /// Ends it before record `seq`.
+    fn cut(&mut self, seq: u64) {
+        let Some(whole) = &mut self.whole else { return };
+        let mut all = frames(&whole[HEADER..], self.header.first_seq);
+        let mut kept = 0;
+        while let Some((at, frame)) = all.next()
+            && at + frame.span() <= seq
+        {
+            kept += frame.length();
+        }
+        let cut = whole.len() - HEADER - kept;
+        whole.truncate(HEADER + kept);
+        self.rest += cut as u64;
+        (self.segment, self.newest) = Segment::examine(&self.header, &whole[HEADER..]);
     }
 }
 
-fn examine(header: &Header, mut bytes: Vec<u8>) -> Found {
-    let (segment, newest) = Segment::examine(header, &bytes[HEADER..]);
-    let rest = bytes.len() as u64 - segment.bytes;
-    bytes.truncate(segment.bytes as usize);
-    Found { segment, run: header.run, whole: Some(bytes), rest, newest }
+/// Counts the bytes behind whole records, but for what a segment did not sync: that was written again into a later one.
+fn count_torn(found: &[Found], recovered: &mut Recovered) {
+    for (index, this) in found.iter().enumerate().filter(|(_, found)| found.rest > 0) {
+        let end = this.segment.end();
+        let goes_on = found[index + 1..].iter().map(|later| &later.segment).any(|later| {
+            later.epoch == this.segment.epoch
+                && later.span > 0
+                && (later.first_seq..=later.end()).contains(&end)
+        });
+        if !goes_on {
+            recovered.damaged_bytes += this.rest;
+        }
+    }
 }
 
-/// Cuts torn ends off, and writes the newest segment anew after a run that died: after a failed fsync the page cache may
-/// show what the disk does not have. A segment that cannot be written is held back until it can.
-fn repair<F: Files>(files: &F, found: &mut [Found], recovered: &mut Recovered) {
-    for index in 0..found.len() {
-        let Some((this, later)) = found[index..].split_first_mut() else { break };
-        if this.rest > 0 {
-            // What the segment did not sync was written again into a later one: no damage.
-            let end = this.segment.end();
-            let goes_on = later.iter().any(|later| {
-                later.segment.epoch == this.segment.epoch
-                    && (later.segment.first_seq..=later.segment.end()).contains(&end)
-                    && later.segment.span > 0
-            });
-            if !goes_on {
-                recovered.damaged_bytes += this.rest;
-            }
-        }
-        let is_newest = later.iter().all(|later| later.segment.span == 0);
-        let must_rewrite = this.rest > 0 || (is_newest && recovered.previous_run_died);
-        if let Some(whole) = this.whole.take().filter(|_| must_rewrite && this.segment.span > 0) {
-            let name = this.segment.name();
-            let repaired = replace(files, &name, &whole).and_then(|()| files.sync_directory());
-            this.segment.is_held = repaired.is_err();
+/// Cuts torn ends off, and writes every segment anew that no next one goes on from, but for the one whose end a run closed:
+/// after a failed fsync the page cache may show what the disk does not have. A segment that cannot be written is held back
+/// until it can.
+fn repair<F: Files>(files: &F, found: &mut [Found], stopped: Option<(u64, u64)>, is_writable: bool) {
+    let last = found.len().saturating_sub(1);
+    for (index, this) in found.iter_mut().enumerate() {
+        let is_closed = index == last && stopped == Some((this.segment.epoch, this.segment.end()));
+        let doubtful = this.whole.take().filter(|_| this.segment.span > 0 && (this.rest > 0 || !is_closed));
+        if let Some(whole) = doubtful {
+            let write = || replace(files, &this.segment.name(), &whole).and_then(|()| files.sync_directory());
+            this.segment.is_held = !is_writable || write().is_err();
         }
     }
 }

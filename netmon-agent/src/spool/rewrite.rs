@@ -34,14 +34,13 @@ enum Change {
     Repair,
 }
 
-/// An epoch that begins once everything that waits has a number in it.
+/// An epoch's records that wait get numbers of another one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Renewal {
+    old: u64,
     epoch: u64,
     /// The next number in it.
     next_seq: u64,
-    /// Everything below has its number, by the epoch before.
-    old_next: u64,
 }
 
 /// One segment to be written anew; see [`Spool::begin_rewrite`].
@@ -165,8 +164,10 @@ impl<F: Files> Spool<F> {
     ///
     /// One ticket at a time: the caller runs it and gives its result to [`Spool::finish_rewrite`].
     pub fn begin_rewrite(&mut self) -> Option<RewriteTicket<F>> {
-        if let Some(held) = self.segments.iter().find(|segment| segment.is_held) {
-            return Some(self.ticket(held.clone(), Change::Repair));
+        // A repair may cut damage off: before that, the disk has to know that its epoch ends there.
+        let held = self.segments.iter().find(|segment| segment.is_held && !self.run_file_due);
+        if let Some(held) = held.cloned() {
+            return Some(self.ticket(held, Change::Repair));
         }
         while self.bytes() > self.limits.bytes {
             let closed = self.segments.len() - usize::from(self.active.is_some());
@@ -220,7 +221,7 @@ impl<F: Files> Spool<F> {
         new.is_thinned = old.is_thinned || change == Change::Thin;
         match change {
             Change::Renumber { epoch, .. } => {
-                self.renewal = Some(Renewal { epoch, next_seq: new.end(), old_next: old.end() });
+                self.renewal = Some(Renewal { old: old.epoch, epoch, next_seq: new.end() });
                 self.total_lost += count;
                 self.unwritable.add(count, walls);
             }
@@ -290,15 +291,15 @@ impl<F: Files> Spool<F> {
         oldest_age_ns > max_age_ns && self.give_up_oldest()
     }
 
-    /// Begins a new epoch, because the server knows other records under this one's numbers (the disk was
-    /// restored from an older image). What waits in the spool is recorded again under new numbers: better twice
-    /// than never. Until that is done, the old epoch goes on: a start after a crash finds it as the newest one, and the
-    /// server will object to it again.
+    /// Leaves the epoch `old`, because the server knows other records under its numbers (the disk was restored from an
+    /// older image). What waits in it is recorded again under numbers of a new one: better twice than never. Until that is
+    /// done, the current epoch goes on: a start after a crash finds it as the newest one, and the server will object to it
+    /// again.
     ///
     /// # Errors
     /// [`SpoolError`]: the old epoch goes on; call again.
-    pub fn begin_epoch(&mut self) -> Result<(), SpoolError> {
-        self.begin_renewal()?;
+    pub fn begin_epoch(&mut self, old: u64) -> Result<(), SpoolError> {
+        self.begin_renewal(old)?;
         loop {
             self.sync_records()?;
             match self.begin_renumbering() {
@@ -317,10 +318,11 @@ impl<F: Files> Spool<F> {
     ///
     /// # Errors
     /// [`SpoolError::Random`].
-    pub fn begin_renewal(&mut self) -> Result<(), SpoolError> {
+    pub fn begin_renewal(&mut self, old: u64) -> Result<(), SpoolError> {
+        // One that was broken off is finished first; the server will object to the other one again.
         if self.renewal.is_none() {
             let epoch = (self.random)().map_err(SpoolError::Random)?;
-            self.renewal = Some(Renewal { epoch, next_seq: 1, old_next: 1 });
+            self.renewal = Some(Renewal { old, epoch, next_seq: 1 });
         }
         Ok(())
     }
@@ -328,10 +330,8 @@ impl<F: Files> Spool<F> {
     /// The next segment that has to be renumbered. `None`: nothing waits under old numbers any more, and the new epoch
     /// has begun; or something came that has to be synced first, if [`Spool::is_renewing`].
     pub fn begin_renumbering(&mut self) -> Option<RewriteTicket<F>> {
-        let Renewal { epoch, next_seq, old_next } = self.renewal?;
-        // Once for what a failed fsync left in two segments.
-        self.acked(self.epoch, old_next - 1);
-        let waits = |segment: &&Segment| segment.epoch == self.epoch && !segment.is_done();
+        let Renewal { old, epoch, next_seq } = self.renewal?;
+        let waits = |segment: &&Segment| segment.epoch == old && !segment.is_done();
         if let Some(segment) = self.segments.iter().find(waits).cloned() {
             if self.active_segment().is_some_and(|(active, _)| active == segment.number) {
                 self.leave_segment();
@@ -342,10 +342,12 @@ impl<F: Files> Spool<F> {
             }
             return Some(self.ticket(segment, Change::Renumber { epoch, first_seq: next_seq }));
         }
-        if self.unsynced.is_empty() {
+        if old != self.epoch {
+            self.renewal = None;
+        } else if self.unsynced.is_empty() {
             self.leave_segment();
             (self.epoch, self.next_seq, self.synced_next) = (epoch, next_seq, next_seq);
-            self.renewal = None;
+            (self.renewal, self.run_file_due) = (None, true);
         }
         None
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use netmon_common::wire::{
     self, About, BatchBuilder, FRAME_HEADER, FrameHeader, HEARTBEAT_NS, Hello, MAX_BATCH_RECORDS, MAX_FRAME,
-    ToAgent, ToServer,
+    Open, ToAgent, ToServer,
 };
 use quinn::{RecvStream, SendStream};
 use tokio::sync::{mpsc, watch};
@@ -71,8 +71,8 @@ impl Conversation<'_> {
                 heard_ns = Now::read().boot_ns;
             }
             match session.step(&spool.epochs()) {
-                Step::Hello { epoch, oldest_seq } => {
-                    self.say_hello(&mut send, version, epoch, oldest_seq).await?;
+                Step::Hello { epoch, oldest_seq, next_seq } => {
+                    self.say_hello(&mut send, version, Open { epoch, oldest_seq, next_seq }).await?;
                 }
                 Step::Send { epoch, seq } => self.send_batch(&mut send, &mut session, epoch, seq).await?,
                 Step::Wait => {
@@ -129,44 +129,41 @@ impl Conversation<'_> {
             // It was cut or gave way in this moment.
             return Ok(());
         };
-        let mut items = chunk.items.into_iter().peekable();
-        // What the version before has no word for is told by a hello.
-        let hole = items.next_if(|item| item.is_hole() && session.version() == 1);
-        let first_seq = chunk.first_seq + hole.map_or(0, |hole| hole.span());
-        if first_seq != seq {
-            if let Step::Hello { epoch, oldest_seq } = session.skipped(first_seq) {
-                self.say_hello(send, session.version(), epoch, oldest_seq).await?;
+        let items = match session.fit(seq, chunk) {
+            Ok(items) => items,
+            Err(Step::Hello { epoch, oldest_seq, next_seq }) => {
+                return self.say_hello(send, session.version(), Open { epoch, oldest_seq, next_seq }).await;
             }
-            return Ok(());
-        }
+            Err(Step::Send { .. } | Step::Wait) => return Ok(()),
+        };
         let mut batch = BatchBuilder::default();
-        let items = items.take_while(|item| !(item.is_hole() && session.version() == 1));
-        let span: u64 = items.take_while(|item| batch.push(item)).map(|item| item.span()).sum();
+        let span: u64 = items.iter().take_while(|item| batch.push(item)).map(wire::Item::span).sum();
         write(send, &ToServer::Batch(batch.finish(epoch, seq)?)).await?;
         session.sent(seq + span - 1);
         Ok(())
     }
 
-    async fn apply(&self, session: &mut Session, effect: Effect) -> Result<(), UplinkError> {
+    async fn apply(&self, session: &mut Session, mut effect: Effect) -> Result<(), UplinkError> {
         let spool = &self.sources.spool;
-        let effect = match effect {
-            Effect::Compare { epoch, seq } => {
-                let record = spool.record(epoch, seq).await?;
-                session.compared(record.map(|record| wire::fingerprint(&record)))
-            }
-            effect => effect,
-        };
+        while let Effect::Compare { epoch, seq } = effect {
+            let record = spool.record(epoch, seq).await?;
+            effect = session.compared(record.map(|record| wire::fingerprint(&record)));
+        }
         match effect {
             Effect::None | Effect::Compare { .. } => {}
             Effect::Acked { epoch, seq } => {
                 spool.acked(epoch, seq).await;
                 self.status.send_modify(|status| status.acked = Some((epoch, seq)));
             }
-            Effect::BeginEpoch => {
+            Effect::LeaveEpoch { epoch, acked } => {
                 tracing::warn!(
-                    "the server knows other records of this epoch than the spool, which was set back: a new one begins"
+                    epoch = format_args!("{epoch:x}"),
+                    acked,
+                    "the server has other records under this epoch's numbers than the spool, which was set back, or has \
+                     given them up: they get others"
                 );
-                spool.begin_epoch().await?;
+                spool.acked(epoch, acked).await;
+                spool.begin_epoch(epoch).await?;
             }
             Effect::Refused(reason) => return Err(UplinkError::Refused(reason)),
         }
@@ -235,13 +232,11 @@ impl Conversation<'_> {
         }
     }
 
-    async fn say_hello(
-        &self,
-        send: &mut SendStream,
-        version: u16,
-        epoch: u64,
-        oldest_seq: u64,
-    ) -> Result<(), UplinkError> {
+    async fn say_hello(&self, send: &mut SendStream, version: u16, open: Open) -> Result<(), UplinkError> {
+        if version > 1 {
+            return write(send, &ToServer::Open(open)).await;
+        }
+        let Open { epoch, oldest_seq, .. } = open;
         let introduction = self.sources.introduction.clone();
         let (agent_version, hostname) = (introduction.agent_version, introduction.hostname);
         write(send, &ToServer::Hello(Hello { version, agent_version, hostname, epoch, oldest_seq })).await

@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 
 use netmon_common::raw::Raw;
-use netmon_common::wire::{ToAgent, WINDOW};
+use netmon_common::wire::{Item, Newest, ToAgent, WINDOW};
 
-use crate::spool::EpochRange;
+use crate::spool::{Chunk, EpochRange};
 
 /// Calls of [`ToAgent::Resume`] without an ack in between, after which the connection is given up: the two
 /// sides will not agree.
@@ -20,8 +20,10 @@ pub enum Step {
         epoch: u64,
         /// Its oldest record.
         oldest_seq: u64,
+        /// Behind its newest one.
+        next_seq: u64,
     },
-    /// Send records of the epoch from this one on, then tell [`Session::sent`] or [`Session::skipped`].
+    /// Send records of the epoch from this one on, as [`Session::fit`] has them, then tell [`Session::sent`].
     Send {
         /// The epoch.
         epoch: u64,
@@ -44,9 +46,15 @@ pub enum Effect {
         /// The record.
         seq: u64,
     },
-    /// The server knows records of the current epoch that this spool never wrote: begin another epoch.
-    BeginEpoch,
-    /// Look up this record's fingerprint in the spool, then tell [`Session::compared`].
+    /// The server cannot take records under this epoch's numbers: it has others there that this spool never wrote, or has
+    /// given them up. Give what waits of it numbers of another one.
+    LeaveEpoch {
+        /// The epoch.
+        epoch: u64,
+        /// The server has everything up to and including this record; 0: nothing.
+        acked: u64,
+    },
+    /// Look up this record's fingerprint in the spool, then tell [`Session::compared`], and do what that says.
     Compare {
         /// The epoch.
         epoch: u64,
@@ -84,10 +92,15 @@ pub enum Violation {
 enum State {
     New,
     Greeted,
-    /// The server expects record `next_seq`; the one before it looks like this there.
+    /// The server expects record `next_seq`; one that it has looks like this.
     Comparing {
         next_seq: u64,
-        last: [u8; 16],
+        last: Newest,
+    },
+    /// The server expects record `next_seq`, and has given up what is missing behind record `last`.
+    GivenUp {
+        next_seq: u64,
+        last: u64,
     },
     Streaming,
 }
@@ -98,6 +111,8 @@ pub struct Session {
     version: u16,
     state: State,
     epoch: u64,
+    /// Behind the newest record that the spool had when this epoch was greeted: what came since, no server can know.
+    greeted: u64,
     /// The record to be sent next.
     next: u64,
     /// Behind the newest record that was ever sent in this epoch on this connection.
@@ -111,7 +126,7 @@ impl Session {
     /// A conversation in this version of the protocol.
     pub fn new(version: u16) -> Self {
         let in_flight = VecDeque::new();
-        Self { version, state: State::New, epoch: 0, next: 1, sent: 0, in_flight, resumes: 0 }
+        Self { version, state: State::New, epoch: 0, greeted: 1, next: 1, sent: 0, in_flight, resumes: 0 }
     }
 
     /// The version of the protocol.
@@ -123,10 +138,12 @@ impl Session {
     pub fn step(&mut self, epochs: &[EpochRange]) -> Step {
         let Some(first) = epochs.first() else { return Step::Wait };
         match self.state {
-            State::Greeted | State::Comparing { .. } => Step::Wait,
-            State::New => self.greet(first.epoch, first.oldest),
+            State::Greeted | State::Comparing { .. } | State::GivenUp { .. } => Step::Wait,
+            State::New => self.greet(first.epoch, first.oldest, first.next),
             // The epoch before is with the server.
-            State::Streaming if first.epoch != self.epoch => self.greet(first.epoch, first.oldest),
+            State::Streaming if first.epoch != self.epoch => {
+                self.greet(first.epoch, first.oldest, first.next)
+            }
             State::Streaming if self.in_flight.len() < WINDOW && self.next < first.next => {
                 Step::Send { epoch: self.epoch, seq: self.next }
             }
@@ -141,9 +158,27 @@ impl Session {
         self.sent = self.sent.max(self.next);
     }
 
-    /// The spool does not have the records in front of this one any more: the server is told.
-    pub fn skipped(&mut self, oldest_seq: u64) -> Step {
-        self.greet(self.epoch, oldest_seq)
+    /// What to send of what was read for [`Step::Send`] with this `seq`: items for a batch that begins there, holes among
+    /// them where the spool does not have records any more.
+    ///
+    /// # Errors
+    /// Version 1 has no word for holes, so the server is told by another hello: [`Step::Hello`].
+    pub fn fit(&mut self, seq: u64, chunk: Chunk) -> Result<Vec<Item>, Step> {
+        let next_seq = chunk.next_seq();
+        let missing = chunk.first_seq.saturating_sub(seq);
+        let mut items = chunk.items;
+        if self.version > 1 {
+            if missing > 0 {
+                items.insert(0, Item::Hole(missing));
+            }
+            return Ok(items);
+        }
+        let hole = items.first().filter(|item| item.is_hole()).map_or(0, Item::span);
+        if missing + hole > 0 {
+            return Err(self.greet(self.epoch, seq + missing + hole, next_seq));
+        }
+        items.truncate(items.iter().position(Item::is_hole).unwrap_or(items.len()));
+        Ok(items)
     }
 
     /// Is the server's turn to say something?
@@ -168,19 +203,17 @@ impl Session {
                 Err(Violation::Welcome)
             }
             ToAgent::Welcome { next_seq, .. } | ToAgent::Expect { next_seq, .. }
-                if next_seq > end && is_current =>
+                if next_seq > self.greeted && is_current =>
             {
-                Ok(self.begin_anew())
+                Ok(self.begin_anew(0))
             }
-            // An older epoch is not written any more: it has no other continuation than the one that the server has.
-            ToAgent::Expect { next_seq, last: Some(last) } if is_current && next_seq > 1 => {
-                self.state = State::Comparing { next_seq, last };
-                Ok(Effect::Compare { epoch: self.epoch, seq: next_seq - 1 })
+            // Of an older epoch the spool may have lost the end that the server still got.
+            ToAgent::Expect { next_seq, last: Some(last) } => {
+                self.state = State::Comparing { next_seq: next_seq.min(self.greeted), last };
+                Ok(Effect::Compare { epoch: self.epoch, seq: last.seq })
             }
-            ToAgent::Welcome { next_seq, .. } | ToAgent::Expect { next_seq, .. } => {
-                // Of an older epoch the spool may have lost the end that the server still got.
-                Ok(self.stream(next_seq.min(end)))
-            }
+            ToAgent::Expect { next_seq, last: None } => Ok(self.go_on(next_seq.min(self.greeted), 0)),
+            ToAgent::Welcome { next_seq, .. } => Ok(self.stream(next_seq.min(self.greeted))),
             // The end of an epoch that was left behind.
             ToAgent::Ack { epoch, .. } if epoch != self.epoch => Ok(Effect::None),
             ToAgent::Ack { seq, .. } if seq >= self.sent => Err(Violation::Ack(seq)),
@@ -211,15 +244,32 @@ impl Session {
     /// as usual when that was acknowledged.
     pub fn compared(&mut self, found: Option<[u8; 16]>) -> Effect {
         match self.state {
-            State::Comparing { last, .. } if found.is_some_and(|found| found != last) => self.begin_anew(),
-            State::Comparing { next_seq, .. } => self.stream(next_seq),
+            State::Comparing { last, .. } if found.is_some_and(|found| found != last.fingerprint) => {
+                self.begin_anew(0)
+            }
+            State::Comparing { next_seq, last } => self.go_on(next_seq, last.seq),
+            State::GivenUp { last, .. } if found.is_some() => self.begin_anew(last),
+            State::GivenUp { next_seq, .. } => self.stream(next_seq),
             _ => Effect::None,
         }
     }
 
-    fn begin_anew(&mut self) -> Effect {
+    /// The server's newest record is `last`, and it expects `next_seq`. It was told that what is between them cannot come,
+    /// but a power cut may have brought a file back, or the server was set back to a state before it had it.
+    fn go_on(&mut self, next_seq: u64, last: u64) -> Effect {
+        let newest = next_seq.saturating_sub(1);
+        // What was greeted begins at the oldest record that the spool has.
+        if newest <= last || newest < self.next {
+            return self.stream(next_seq);
+        }
+        self.state = State::GivenUp { next_seq, last };
+        Effect::Compare { epoch: self.epoch, seq: newest }
+    }
+
+    fn begin_anew(&mut self, acked: u64) -> Effect {
+        let epoch = self.epoch;
         *self = Self::new(self.version);
-        Effect::BeginEpoch
+        Effect::LeaveEpoch { epoch, acked }
     }
 
     fn stream(&mut self, next_seq: u64) -> Effect {
@@ -233,15 +283,15 @@ impl Session {
         }
     }
 
-    fn greet(&mut self, epoch: u64, oldest_seq: u64) -> Step {
+    fn greet(&mut self, epoch: u64, oldest_seq: u64, next_seq: u64) -> Step {
         if epoch != self.epoch {
             self.sent = 0;
             self.in_flight.clear();
         }
         self.state = State::Greeted;
         self.epoch = epoch;
-        self.next = oldest_seq;
-        Step::Hello { epoch, oldest_seq }
+        (self.next, self.greeted) = (oldest_seq, next_seq);
+        Step::Hello { epoch, oldest_seq, next_seq }
     }
 }
 
@@ -253,6 +303,10 @@ mod tests {
         EpochRange { epoch, oldest, next }
     }
 
+    fn known(seq: u64) -> Option<Newest> {
+        Some(Newest { seq, fingerprint: [1; 16] })
+    }
+
     fn welcome(next_seq: u64) -> ToAgent {
         ToAgent::Expect { next_seq, last: None }
     }
@@ -260,17 +314,26 @@ mod tests {
     fn streaming(epochs: &[EpochRange], next_seq: u64) -> Session {
         let mut session = Session::new(2);
         assert!(matches!(session.step(epochs), Step::Hello { .. }));
-        session.receive(welcome(next_seq), epochs).unwrap();
+        welcomed(&mut session, epochs, next_seq);
         session
+    }
+
+    /// The server has everything before this record, and it looks as it does here.
+    fn welcomed(session: &mut Session, epochs: &[EpochRange], next_seq: u64) -> Effect {
+        let last = known(next_seq - 1).filter(|last| last.seq > 0);
+        match session.receive(ToAgent::Expect { next_seq, last }, epochs).unwrap() {
+            Effect::Compare { .. } => session.compared(Some([1; 16])),
+            effect => effect,
+        }
     }
 
     #[test]
     fn it_greets_waits_and_sends_from_where_the_server_is() {
         let epochs = [range(7, 1, 11)];
         let mut session = Session::new(2);
-        assert_eq!(session.step(&epochs), Step::Hello { epoch: 7, oldest_seq: 1 });
+        assert_eq!(session.step(&epochs), Step::Hello { epoch: 7, oldest_seq: 1, next_seq: 11 });
         assert_eq!(session.step(&epochs), Step::Wait);
-        assert_eq!(session.receive(welcome(5), &epochs), Ok(Effect::Acked { epoch: 7, seq: 4 }));
+        assert_eq!(welcomed(&mut session, &epochs, 5), Effect::Acked { epoch: 7, seq: 4 });
         assert_eq!(session.step(&epochs), Step::Send { epoch: 7, seq: 5 });
         session.sent(10);
         assert_eq!(session.step(&epochs), Step::Wait);
@@ -302,7 +365,7 @@ mod tests {
         session.sent(4);
         assert_eq!(session.step(&both), Step::Wait);
         session.receive(ToAgent::Ack { epoch: 3, seq: 4 }, &both).unwrap();
-        assert_eq!(session.step(&both[1..]), Step::Hello { epoch: 7, oldest_seq: 1 });
+        assert_eq!(session.step(&both[1..]), Step::Hello { epoch: 7, oldest_seq: 1, next_seq: 2 });
         session.receive(welcome(1), &both[1..]).unwrap();
         assert_eq!(session.step(&both[1..]), Step::Send { epoch: 7, seq: 1 });
     }
@@ -312,9 +375,20 @@ mod tests {
         let epochs = [range(7, 1, 11)];
         let mut session = Session::new(2);
         session.step(&epochs);
-        assert_eq!(session.receive(welcome(12), &epochs), Ok(Effect::BeginEpoch));
+        assert_eq!(session.receive(welcome(12), &epochs), Ok(Effect::LeaveEpoch { epoch: 7, acked: 0 }));
         let renewed = [range(8, 1, 11)];
-        assert_eq!(session.step(&renewed), Step::Hello { epoch: 8, oldest_seq: 1 });
+        assert_eq!(session.step(&renewed), Step::Hello { epoch: 8, oldest_seq: 1, next_seq: 11 });
+    }
+
+    #[test]
+    fn what_was_recorded_since_the_hello_is_not_what_the_server_knows() {
+        let mut session = Session::new(2);
+        session.step(&[range(7, 1, 11)]);
+        let message = ToAgent::Expect { next_seq: 14, last: known(10) };
+        assert_eq!(
+            session.receive(message, &[range(7, 1, 20)]),
+            Ok(Effect::LeaveEpoch { epoch: 7, acked: 0 })
+        );
     }
 
     #[test]
@@ -322,19 +396,37 @@ mod tests {
         let both = [range(3, 1, 5), range(7, 1, 2)];
         let mut session = Session::new(2);
         session.step(&both);
-        assert_eq!(session.receive(welcome(9), &both), Ok(Effect::Acked { epoch: 3, seq: 4 }));
+        assert_eq!(welcomed(&mut session, &both, 9), Effect::Acked { epoch: 3, seq: 4 });
     }
 
     #[test]
-    fn a_resume_goes_back_and_a_hole_is_announced() {
+    fn a_hole_is_sent_where_there_is_a_word_for_it() {
+        let record = || Item::Record(vec![1]);
+        let chunk = || Chunk { first_seq: 30, items: vec![record(), Item::Hole(2), record()] };
+        let mut session = streaming(&[range(7, 1, 100)], 1);
+        let expected = vec![Item::Hole(10), record(), Item::Hole(2), record()];
+        assert_eq!(session.fit(20, chunk()), Ok(expected));
+        let mut old = Session::new(1);
+        old.step(&[range(7, 1, 100)]);
+        assert_eq!(old.fit(20, chunk()), Err(Step::Hello { epoch: 7, oldest_seq: 30, next_seq: 34 }));
+        assert_eq!(old.fit(30, chunk()), Ok(vec![record()]));
+        let holes = Chunk { first_seq: 31, items: vec![Item::Hole(2), record()] };
+        assert_eq!(old.fit(31, holes), Err(Step::Hello { epoch: 7, oldest_seq: 33, next_seq: 34 }));
+    }
+
+    #[test]
+    fn a_resume_goes_back_and_not_beyond_a_hello() {
         let epochs = [range(7, 1, 100)];
-        let mut session = streaming(&epochs, 1);
+        let mut session = Session::new(1);
+        session.step(&epochs);
+        session.receive(ToAgent::Welcome { version: 1, next_seq: 1 }, &epochs).unwrap();
         session.sent(50);
         assert_eq!(session.receive(ToAgent::Resume { next_seq: 20 }, &epochs), Ok(Effect::None));
         assert_eq!(session.step(&epochs), Step::Send { epoch: 7, seq: 20 });
-        assert_eq!(session.skipped(30), Step::Hello { epoch: 7, oldest_seq: 30 });
+        let chunk = Chunk { first_seq: 30, items: vec![Item::Record(vec![1])] };
+        assert_eq!(session.fit(20, chunk), Err(Step::Hello { epoch: 7, oldest_seq: 30, next_seq: 31 }));
         assert_eq!(session.receive(ToAgent::Resume { next_seq: 20 }, &epochs), Ok(Effect::None));
-        session.receive(welcome(30), &epochs).unwrap();
+        session.receive(ToAgent::Welcome { version: 1, next_seq: 30 }, &epochs).unwrap();
         assert_eq!(session.step(&epochs), Step::Send { epoch: 7, seq: 30 });
     }
 
@@ -373,23 +465,49 @@ mod tests {
         let expect = |found| {
             let mut session = Session::new(2);
             session.step(&epochs);
-            let message = ToAgent::Expect { next_seq: 51, last: Some([1; 16]) };
-            assert_eq!(session.receive(message, &epochs), Ok(Effect::Compare { epoch: 7, seq: 50 }));
+            let message = ToAgent::Expect { next_seq: 51, last: known(48) };
+            assert_eq!(session.receive(message, &epochs), Ok(Effect::Compare { epoch: 7, seq: 48 }));
             assert_eq!(session.step(&epochs), Step::Wait);
-            session.compared(found)
+            let effect = session.compared(found);
+            (session, effect)
+        };
+        let gap = |found, behind| {
+            let (mut session, effect) = expect(found);
+            assert_eq!(effect, Effect::Compare { epoch: 7, seq: 50 }, "the server has given it up");
+            assert_eq!(session.step(&epochs), Step::Wait);
+            session.compared(behind)
         };
         let goes_on = Effect::Acked { epoch: 7, seq: 50 };
-        assert_eq!(expect(Some([1; 16])), goes_on);
-        assert_eq!(expect(None), goes_on, "it was acknowledged and is gone");
-        assert_eq!(expect(Some([2; 16])), Effect::BeginEpoch);
+        assert_eq!(gap(Some([1; 16]), None), goes_on);
+        assert_eq!(gap(None, None), goes_on, "it was acknowledged and is gone");
+        assert_eq!(
+            gap(Some([1; 16]), Some([3; 16])),
+            Effect::LeaveEpoch { epoch: 7, acked: 48 },
+            "it is back"
+        );
+        assert_eq!(expect(Some([2; 16])).1, Effect::LeaveEpoch { epoch: 7, acked: 0 });
     }
 
     #[test]
-    fn an_older_epoch_is_not_compared() {
-        let both = [range(3, 1, 5), range(7, 1, 2)];
+    fn what_the_server_has_given_up_is_not_looked_for_where_the_spool_does_not_have_it_either() {
+        let epochs = [range(7, 51, 100)];
         let mut session = Session::new(2);
-        session.step(&both);
-        let message = ToAgent::Expect { next_seq: 3, last: Some([1; 16]) };
-        assert_eq!(session.receive(message, &both), Ok(Effect::Acked { epoch: 3, seq: 2 }));
+        session.step(&epochs);
+        let message = ToAgent::Expect { next_seq: 51, last: None };
+        assert_eq!(session.receive(message, &epochs), Ok(Effect::Acked { epoch: 7, seq: 50 }));
+    }
+
+    #[test]
+    fn an_older_epoch_is_compared_at_its_end() {
+        let both = [range(3, 1, 5), range(7, 1, 2)];
+        for (found, effect) in
+            [(1, Effect::Acked { epoch: 3, seq: 4 }), (2, Effect::LeaveEpoch { epoch: 3, acked: 0 })]
+        {
+            let mut session = Session::new(2);
+            session.step(&both);
+            let message = ToAgent::Expect { next_seq: 9, last: known(4) };
+            assert_eq!(session.receive(message, &both), Ok(Effect::Compare { epoch: 3, seq: 4 }));
+            assert_eq!(session.compared(Some([found; 16])), effect);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Events, watermarks and gaps.
 
-use netmon_common::wire::fingerprint;
+use netmon_common::wire::{Newest, fingerprint};
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::AgentId;
@@ -183,7 +183,9 @@ pub fn append(
         )?
         .execute(params![agent.0, new > 0, now_ns, backlog.map(|backlog: u64| backlog as i64)])?;
     }
-    Ok(BatchOutcome::Stored { through: expected - 1, new })
+    // The watermark may be further: another connection of the same agent sent more. This one is told of what it sent.
+    let through = items.last().map_or(expected, |item| item.next_seq.min(expected)) - 1;
+    Ok(BatchOutcome::Stored { through, new })
 }
 
 /// Did a hello open this epoch?
@@ -204,14 +206,23 @@ fn record_bytes<T>(
         .optional()
 }
 
-/// [`fingerprint`] of a record, where the store has it.
-pub fn record_fingerprint(
+/// What the newest record of an epoch looks like that has a number below this one.
+pub fn newest_before(
     conn: &Connection,
     agent: AgentId,
     epoch: u64,
     seq: u64,
-) -> rusqlite::Result<Option<[u8; 16]>> {
-    record_bytes(conn, agent, epoch, seq, fingerprint)
+) -> rusqlite::Result<Option<Newest>> {
+    // The store's numbers are signed.
+    let seq = i64::try_from(seq).unwrap_or(i64::MAX);
+    conn.prepare_cached(
+        "SELECT seq, record FROM events WHERE agent = ?1 AND epoch = ?2 AND seq < ?3 ORDER BY seq DESC LIMIT 1",
+    )?
+    .query_row([agent.0, epoch as i64, seq], |row| {
+        let fingerprint = fingerprint(row.get_ref(1)?.as_blob()?);
+        Ok(Newest { seq: row.get::<_, i64>(0)? as u64, fingerprint })
+    })
+    .optional()
 }
 
 /// The record that is expected next; `None` for an epoch that no hello named.

@@ -22,8 +22,8 @@ pub use agents::{
     revoked_agents, revoked_connections, summaries, used_key,
 };
 pub use events::{
-    BatchOutcome, Item, SeatLog, What, append, first_of_last, is_open, items_from, open_epoch,
-    record_fingerprint, save_seat_log, seat_log,
+    BatchOutcome, Item, SeatLog, What, append, first_of_last, is_open, items_from, newest_before, open_epoch,
+    save_seat_log, seat_log,
 };
 pub use presence::{Known, alive, known, save_alive, save_presence};
 

@@ -2,7 +2,7 @@
 
 use std::process::Output;
 
-use netmon_common::wire::{self, About, Checkpoint, Heartbeat, Hello, Item, ToAgent, ToServer};
+use netmon_common::wire::{self, About, Checkpoint, Heartbeat, Item, Newest, Open, ToAgent, ToServer};
 use rcgen::KeyPair;
 use rusqlite::Connection;
 
@@ -66,8 +66,7 @@ impl Room {
 }
 
 fn hello(epoch: u64) -> ToServer {
-    let hello = Hello { version: 2, agent_version: "".into(), hostname: "".into(), epoch, oldest_seq: 1 };
-    ToServer::Hello(hello)
+    ToServer::Open(Open { epoch, oldest_seq: 1, next_seq: 1000 })
 }
 
 fn beat(wall_ns: i64) -> ToServer {
@@ -116,13 +115,20 @@ async fn a_hello_is_answered_with_what_the_newest_record_looks_like_and_holes_ar
     let agent = room.agent("pc").await;
     let mut session = agent.introduce(room.server(), about()).await;
     deliver(&mut session).await;
-    let last = wire::fingerprint(&record(5).to_bytes().unwrap());
-    assert_eq!(session.ask(&hello(EPOCH)).await, ToAgent::Expect { next_seq: 6, last: Some(last) });
+    let known = |seq| Some(Newest { seq, fingerprint: wire::fingerprint(&record(seq).to_bytes().unwrap()) });
+    assert_eq!(session.ask(&hello(EPOCH)).await, ToAgent::Expect { next_seq: 6, last: known(5) });
+    // A spool that ends before that is told of its own end, and one that has lost more of the newest record.
+    let shorter = Open { epoch: EPOCH, oldest_seq: 1, next_seq: 4 };
+    let answer = session.ask(&ToServer::Open(shorter)).await;
+    assert_eq!(answer, ToAgent::Expect { next_seq: 6, last: known(3) });
     let mut batch = wire::BatchBuilder::default();
     assert!(batch.push(&Item::Hole(10)) && batch.push(&Item::Record(record(16).to_bytes().unwrap())));
     let batch = ToServer::Batch(batch.finish(EPOCH, 6).unwrap());
     assert_eq!(session.ask(&batch).await, ToAgent::Ack { epoch: EPOCH, seq: 16 });
     assert!(room.log("pc").contains("records never came from this PC, 10 records"));
+    let longer = Open { epoch: EPOCH, oldest_seq: 20, next_seq: 30 };
+    let answer = session.ask(&ToServer::Open(longer)).await;
+    assert_eq!(answer, ToAgent::Expect { next_seq: 20, last: known(16) });
 }
 
 #[tokio::test]

@@ -305,7 +305,8 @@ fn a_server_that_knows_more_makes_the_spool_record_again_under_new_numbers() {
     }
     let old = spool.stats().epoch;
     spool.acked(old, 10);
-    spool.begin_epoch().unwrap();
+    let old = spool.stats().epoch;
+    spool.begin_epoch(old).unwrap();
     let found = all(&mut spool);
     assert!(found.iter().all(|(epoch, ..)| *epoch != old));
     assert_eq!(found.iter().map(|(_, seq, _)| *seq).collect::<Vec<_>>(), (1..=20).collect::<Vec<_>>());
@@ -320,7 +321,11 @@ fn a_segment_of_a_newer_agent_is_left_alone() {
     append(&mut spool, 1).unwrap();
     spool.close().unwrap();
     drop(spool);
-    memory.damage(&segments(&memory)[0], |bytes| bytes[8] = 9);
+    memory.damage(&segments(&memory)[0], |bytes| {
+        bytes[8] = 9;
+        let crc = crc32c::crc32c(&bytes[..40]);
+        bytes[40..44].copy_from_slice(&crc.to_le_bytes());
+    });
     let (mut spool, recovered) = open(&memory, SMALL);
     assert_eq!((recovered.newer_segments, recovered.damaged_bytes, recovered.new_epoch), (1, 0, true));
     append(&mut spool, 2).unwrap();

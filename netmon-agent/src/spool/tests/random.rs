@@ -166,7 +166,7 @@ fn what_gives_way_or_is_removed_is_counted_and_no_number_is_used_twice() {
                 }
                 20 => {
                     is_renewed = true;
-                    renewed += u64::from(spool.begin_epoch().is_ok());
+                    renewed += u64::from(spool.begin_epoch(spool.stats().epoch).is_ok());
                 }
                 21 if rng.u8(..4) == 0 => {
                     is_removed = true;

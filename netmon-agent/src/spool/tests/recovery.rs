@@ -181,7 +181,7 @@ fn a_new_epoch_begins_while_recording_goes_on() {
     let mut spool = filled(&memory, 60);
     let old = spool.stats().epoch;
     spool.acked(old, 10);
-    spool.begin_renewal().unwrap();
+    spool.begin_renewal(old).unwrap();
     let mut n = 60;
     loop {
         spool.sync_records().unwrap();
@@ -219,7 +219,7 @@ fn a_new_epoch_that_is_cut_short_at_any_moment_loses_nothing_and_leaves_the_old_
         let mut spool = filled(&memory, 90);
         let old = spool.stats().epoch;
         memory.fail_after(Some(calls));
-        let result = spool.begin_epoch();
+        let result = spool.begin_epoch(old);
         memory.fail_after(None);
         drop(spool);
         let left = memory.power_cut(&mut fastrand::Rng::with_seed(calls));
@@ -231,7 +231,8 @@ fn a_new_epoch_that_is_cut_short_at_any_moment_loses_nothing_and_leaves_the_old_
             assert_eq!(spool.stats().epoch, old, "{calls}");
         }
         // Once more, and it is done.
-        spool.begin_epoch().unwrap();
+        let newest = spool.stats().epoch;
+        spool.begin_epoch(newest).unwrap();
         assert_eq!(events(&mut spool), (1..=90).map(event).collect::<Vec<_>>(), "{calls}");
         assert!(spool.epochs().iter().all(|range| range.epoch != old));
     }

@@ -13,8 +13,8 @@ use netmon_common::enroll::Token;
 use netmon_common::model::Coverage;
 use netmon_common::raw::Raw;
 use netmon_common::wire::{
-    ALPN, About, FRAME_HEADER, FrameHeader, HEARTBEAT_NS, Heartbeat, Hello, SERVER_NAME, ToAgent, ToServer,
-    VERSION, WINDOW, encode_frame,
+    ALPN, About, FRAME_HEADER, FrameHeader, HEARTBEAT_NS, Heartbeat, Open, SERVER_NAME, ToAgent, ToServer,
+    WINDOW, encode_frame,
 };
 use quinn::{ClientConfig, Connection, Endpoint, RecvStream, SendStream};
 use rustls::pki_types::CertificateDer;
@@ -156,14 +156,8 @@ pub fn introduction() -> Result<Vec<u8>> {
         connect: 1,
         witness: None,
     };
-    let hello = Hello {
-        version: VERSION,
-        agent_version: "bench".into(),
-        hostname: "bench".into(),
-        epoch: EPOCH,
-        oldest_seq: 1,
-    };
-    Ok([encode_frame(&ToServer::About(about))?, encode_frame(&ToServer::Hello(hello))?].concat())
+    let open = Open { epoch: EPOCH, oldest_seq: 1, next_seq: 1 };
+    Ok([encode_frame(&ToServer::About(about))?, encode_frame(&ToServer::Open(open))?].concat())
 }
 
 /// "Still watching", now.
