@@ -220,11 +220,15 @@ impl SimAgent {
         if !self.machine.is_dead() {
             self.has_synced(ledger)?;
         }
-        self.audit(ledger)
+        self.audit(ledger)?;
+        self.die(ledger);
+        Ok(())
     }
 
-    /// Dies.
-    pub fn die(self) {}
+    /// Dies, and with it the count of what gave way in its last call.
+    pub fn die(self, ledger: &mut Ledger) {
+        ledger.forgotten(self.spool.stats().dropped - self.seen.dropped);
+    }
 
     /// Connects; the first bytes.
     pub fn connect(&mut self, link: u64, version: u16, about: About) -> Vec<u8> {

@@ -123,6 +123,8 @@ pub struct Ledger {
     is_unsettled: bool,
     /// Records that gave way since then and are none that are known.
     gave_way: u64,
+    /// Records that gave way in the last call of a process, which did not live to tell.
+    forgotten: u64,
     /// Something happened after which a history may begin anew.
     pub is_disturbed: bool,
     /// Records of this run that the spool refused, and those that it reported.
@@ -161,6 +163,11 @@ impl Ledger {
         if !self.epochs.contains(&epoch) {
             self.epochs.push(epoch);
         }
+    }
+
+    /// So many records gave way in the last call of a process, which did not live to tell.
+    pub fn forgotten(&mut self, count: u64) {
+        self.forgotten += count;
     }
 
     /// The spool refused an event.
@@ -255,6 +262,7 @@ impl Ledger {
         if !std::mem::replace(&mut self.is_unsettled, true) {
             self.gave_way = 0;
         }
+        self.gave_way += std::mem::take(&mut self.forgotten);
         for (id, entry) in &mut self.entries {
             entry.is_unknown = entry.is_live() && !readable.contains_key(id);
             // The server may be told that it cannot come, and a power cut may bring the file back.
@@ -296,7 +304,10 @@ impl Ledger {
             if !std::mem::take(&mut entry.is_unknown) || readable.contains_key(id) {
                 continue;
             }
-            if !entry.promised {
+            if !entry.promised && self.gave_way > 0 {
+                // Maybe this one: then a file that could not be removed may bring it back.
+                entry.leave(Excuse::GaveWay);
+            } else if !entry.promised {
                 entry.gone = true;
             } else if entry.acked {
                 // Or it was lost before that, and the server has a gap.

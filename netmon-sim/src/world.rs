@@ -644,7 +644,7 @@ impl World {
         let held = oracle::held(store.conn(), *id)?;
         let missing = ids.iter().find(|id| {
             let is_excused = ledger.entries.get(id).is_some_and(|entry| entry.excuse.is_some());
-            !held.contains_key(id) && !is_excused
+            !held.contains_key(id) && !is_excused && !ledger.is_mistakable(**id)
         });
         match missing {
             None => Ok(()),
@@ -782,7 +782,7 @@ impl World {
         let pc = &mut self.pcs[at];
         pc.ledger.is_disturbed = true;
         if let Some(agent) = pc.agent.take() {
-            agent.die();
+            agent.die(&mut pc.ledger);
         }
         if power {
             pc.memory = pc.memory.power_cut(&mut self.rng);
