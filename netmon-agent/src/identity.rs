@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use netmon_common::enroll::{self, Granted, MAX_DER, Reply, Request, Token};
-use netmon_common::raw::Raw;
+use netmon_common::raw::{Escaped, Raw};
 use netmon_common::wire::{self, FRAME_HEADER, FrameHeader, WireError};
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::client::WebPkiServerVerifier;
@@ -422,7 +422,11 @@ async fn ask_at(
 ) -> Result<Reply, EnrollError> {
     let address = || token.address.clone();
     let unreachable = |_| EnrollError::Unreachable { address: address() };
-    let broken = |reason: String| EnrollError::Connection { address: address(), reason };
+    // A peer that is not the server yet may have had a hand in it.
+    let broken = |reason: String| EnrollError::Connection {
+        address: address(),
+        reason: Escaped(reason.as_bytes()).to_string(),
+    };
     let protocol = |source| EnrollError::Protocol { address: address(), source };
     let endpoint = crate::uplink::client_endpoint(remote).map_err(EnrollError::Socket)?;
     let connecting = endpoint

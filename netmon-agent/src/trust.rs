@@ -1,5 +1,5 @@
 //! What a server said of itself and this agent keeps: its time, by which its certificate is judged whatever the PC's clock
-//! says, and the newest checkpoint that it signed of this PC's history, as a witness.
+//! says, and checkpoints that it signed of this PC's history, as witnesses.
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -15,6 +15,11 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 use serde::{Deserialize, Serialize};
 
+/// Of the checkpoints of one age, in minutes and powers of two, the oldest is kept; what is older than half a year counts as
+/// one age. So at most 20 are kept.
+const OLDEST_AGE: u32 = 18;
+const MINUTE_NS: i64 = 60_000_000_000;
+
 /// The server's time is kept this often.
 const KEEP_EVERY_NS: u64 = 3_600_000_000_000;
 
@@ -23,8 +28,10 @@ const KEEP_EVERY_NS: u64 = 3_600_000_000_000;
 pub struct Trust {
     /// The server's clock when it was heard last, nanoseconds since 1970-01-01T00:00:00Z.
     pub server_ns: Option<i64>,
-    /// The newest checkpoint.
-    pub checkpoint: Option<Checkpoint>,
+    /// Checkpoints, by the time of their signing: the newest, and older ones that get sparser. A server that was set back,
+    /// or whose history was written anew, signs again; what it had signed before stays here.
+    #[serde(default)]
+    checkpoints: Vec<Checkpoint>,
     /// [`Trust::server_ns`] as it is on disk.
     #[serde(skip)]
     kept_ns: Option<i64>,
@@ -42,12 +49,31 @@ impl Trust {
     /// Takes in what the server said; true when that is worth to be kept.
     pub fn hear(&mut self, server_ns: i64, checkpoint: Option<Checkpoint>) -> bool {
         self.server_ns = Some(server_ns);
-        // An older one must not take the place of a newer: it is what a store that was set back would give.
-        let kept = self.checkpoint.as_ref().map(|kept| kept.signed_ns);
-        let newer = checkpoint.filter(|new| kept.is_none_or(|kept| new.signed_ns > kept));
+        // An older one is what a store that was set back would give.
+        let newest = self.checkpoints.last().map(|newest| newest.signed_ns);
+        let newer = checkpoint.filter(|new| newest.is_none_or(|newest| new.signed_ns > newest));
         let is_new = newer.is_some();
-        self.checkpoint = newer.or(self.checkpoint.take());
+        if let Some(new) = newer {
+            self.thin(new.signed_ns);
+            self.checkpoints.push(new);
+        }
         is_new || self.kept_ns.is_none_or(|kept| kept.abs_diff(server_ns) >= KEEP_EVERY_NS)
+    }
+
+    fn thin(&mut self, now_ns: i64) {
+        let mut last = None;
+        self.checkpoints.retain(|checkpoint| {
+            let minutes = now_ns.saturating_sub(checkpoint.signed_ns) / MINUTE_NS;
+            let age = minutes.checked_ilog2().map_or(0, |age| age + 1).min(OLDEST_AGE);
+            last.replace(age) != Some(age)
+        });
+    }
+
+    /// One of the checkpoints, to be shown to the server; which one, `random` says.
+    pub fn witness(&self, random: u64) -> Option<&Checkpoint> {
+        let count = self.checkpoints.len() as u64;
+        let at = random.checked_rem(count)?;
+        self.checkpoints.get(at as usize)
     }
 
     /// Keeps it, so that a crash leaves the old or the new.
@@ -148,16 +174,38 @@ mod tests {
         assert!(!trust.hear(KEEP_EVERY_NS as i64 - 1, None));
         assert!(trust.hear(1, Some(checkpoint(3))));
         assert!(trust.hear(KEEP_EVERY_NS as i64, None));
-        assert_eq!(trust.checkpoint, Some(checkpoint(3)));
+        assert_eq!(trust.checkpoints, [checkpoint(3)]);
     }
 
     #[test]
-    fn a_witness_is_not_replaced_by_an_older_one() {
+    fn what_was_signed_before_stays_when_a_shorter_history_is_signed() {
         let mut trust = Trust::default();
-        trust.hear(0, Some(checkpoint(3)));
-        trust.hear(0, Some(Checkpoint { signed_ns: 4, ..checkpoint(9) }));
-        assert_eq!(trust.checkpoint, Some(checkpoint(3)));
-        trust.hear(0, Some(Checkpoint { signed_ns: 6, ..checkpoint(2) }));
-        assert_eq!(trust.checkpoint.unwrap().size, 2);
+        let signed = |minute, size| Checkpoint { signed_ns: minute * MINUTE_NS, ..checkpoint(size) };
+        trust.hear(0, Some(signed(5, 300)));
+        assert!(trust.hear(0, Some(signed(6, 200))));
+        trust.hear(0, Some(signed(4, 900)));
+        assert_eq!(trust.checkpoints, [signed(5, 300), signed(6, 200)], "an older one is no news");
+        let shown: Vec<_> = (0..4).filter_map(|random| trust.witness(random)).map(|one| one.size).collect();
+        assert_eq!(shown, [300, 200, 300, 200]);
+        assert_eq!(Trust::default().witness(7), None);
+    }
+
+    #[test]
+    fn a_year_of_checkpoints_leaves_a_few_of_every_age() {
+        let mut trust = Trust::default();
+        for minute in 0..365 * 24 * 60 {
+            trust.hear(0, Some(Checkpoint { signed_ns: minute * MINUTE_NS, ..checkpoint(minute as u64) }));
+            assert!(trust.checkpoints.len() <= 21, "{}", trust.checkpoints.len());
+        }
+        let now = 365 * 24 * 60 - 1;
+        for ago in [0, 2, 60, 24 * 60, 30 * 24 * 60, 180 * 24 * 60] {
+            let near = trust
+                .checkpoints
+                .iter()
+                .map(|one| now - one.size)
+                .any(|age| (ago / 3..=ago * 3).contains(&age));
+            assert!(near, "none from {ago} minutes ago");
+        }
+        assert_eq!(trust.checkpoints.first().unwrap().size, 0, "the first one of all");
     }
 }

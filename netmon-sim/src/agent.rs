@@ -342,7 +342,9 @@ impl SimAgent {
             .map_err(|violation| Hangup::Violation(violation.to_string()))?;
         while let Effect::Compare { epoch, seq } = effect {
             let record = self.spool.record(epoch, seq).map_err(|error| Hangup::Spool(error.to_string()))?;
-            effect = session.compared(record.map(|record| wire::fingerprint(&record)));
+            effect = session
+                .compared(record.map(|record| wire::fingerprint(&record)))
+                .map_err(|violation| Hangup::Violation(violation.to_string()))?;
         }
         match effect {
             Effect::None | Effect::Compare { .. } => Ok(None),

@@ -64,23 +64,32 @@ impl Conversation<'_> {
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut session = Session::new(version);
         let mut heard_ns = Now::read().boot_ns;
+        // The spool had nothing to read where it seemed to have: until something changes, there is nothing to be sent.
+        let mut bare = None;
         loop {
             changes.borrow_and_update();
             let is_waiting = session.expects_answer() || beside.beats > 0 || beside.renewal.is_some();
             if !is_waiting {
                 heard_ns = Now::read().boot_ns;
             }
-            match session.step(&spool.epochs()) {
+            let epochs = spool.epochs();
+            match session.step(&epochs) {
                 Step::Hello { epoch, oldest_seq, next_seq } => {
                     self.say_hello(&mut send, version, Open { epoch, oldest_seq, next_seq }).await?;
                 }
-                Step::Send { epoch, seq } => self.send_batch(&mut send, &mut session, epoch, seq).await?,
-                Step::Wait => {
+                Step::Send { epoch, seq } if bare.as_ref() != Some(&epochs) => {
+                    let is_sent = self.send_batch(&mut send, &mut session, epoch, seq).await?;
+                    bare = (!is_sent).then_some(epochs);
+                }
+                Step::Send { .. } | Step::Wait => {
                     let silent = Duration::from_nanos(Now::read().boot_ns.saturating_sub(heard_ns));
                     let message = tokio::select! {
                         message = messages.recv() => message,
                         changed = changes.changed() => match changed {
-                            Ok(()) => continue,
+                            Ok(()) => {
+                                bare = None;
+                                continue;
+                            }
                             // The handle that we hold keeps the sender alive.
                             Err(_) => return Err(UplinkError::Broken("the spool is closed".into())),
                         },
@@ -117,37 +126,39 @@ impl Conversation<'_> {
         }
     }
 
+    /// False: the spool has nothing there.
     async fn send_batch(
         &self,
         send: &mut SendStream,
         session: &mut Session,
         epoch: u64,
         seq: u64,
-    ) -> Result<(), UplinkError> {
+    ) -> Result<bool, UplinkError> {
         let chunk = self.sources.spool.read(epoch, seq, MAX_BATCH_RECORDS as usize, BATCH_BYTES).await?;
         let Some(chunk) = chunk else {
-            // It was cut or gave way in this moment.
-            return Ok(());
+            // It was cut or gave way.
+            return Ok(false);
         };
         let items = match session.fit(seq, chunk) {
             Ok(items) => items,
             Err(Step::Hello { epoch, oldest_seq, next_seq }) => {
-                return self.say_hello(send, session.version(), Open { epoch, oldest_seq, next_seq }).await;
+                self.say_hello(send, session.version(), Open { epoch, oldest_seq, next_seq }).await?;
+                return Ok(true);
             }
-            Err(Step::Send { .. } | Step::Wait) => return Ok(()),
+            Err(Step::Send { .. } | Step::Wait) => return Ok(false),
         };
         let mut batch = BatchBuilder::default();
         let span: u64 = items.iter().take_while(|item| batch.push(item)).map(wire::Item::span).sum();
         write(send, &ToServer::Batch(batch.finish(epoch, seq)?)).await?;
         session.sent(seq + span - 1);
-        Ok(())
+        Ok(true)
     }
 
     async fn apply(&self, session: &mut Session, mut effect: Effect) -> Result<(), UplinkError> {
         let spool = &self.sources.spool;
         while let Effect::Compare { epoch, seq } = effect {
             let record = spool.record(epoch, seq).await?;
-            effect = session.compared(record.map(|record| wire::fingerprint(&record)));
+            effect = session.compared(record.map(|record| wire::fingerprint(&record)))?;
         }
         match effect {
             Effect::None | Effect::Compare { .. } => {}
@@ -228,7 +239,8 @@ impl Conversation<'_> {
             previous_died: introduction.previous_died,
             instance: introduction.instance,
             connect,
-            witness: trust.checkpoint.clone(),
+            // Nobody who wrote the server's history anew can know which one it will be.
+            witness: trust.witness(getrandom::u64().unwrap_or_default()).cloned(),
         }
     }
 

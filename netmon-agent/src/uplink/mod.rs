@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use netmon_common::raw::Raw;
+use netmon_common::raw::{Escaped, Raw};
 use netmon_common::wire::{self, Heartbeat, WireError};
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig};
 use quinn::{Endpoint, IdleTimeout, TransportConfig, VarInt};
@@ -395,6 +395,7 @@ async fn deliver(
     }
 }
 
+/// For one line: whoever answers at the server's address may have had a hand in it.
 fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -405,7 +406,7 @@ fn with_causes(error: &dyn std::error::Error) -> String {
         }
         cause = this.source();
     }
-    text
+    Escaped(text.as_bytes()).to_string()
 }
 
 async fn connect(

@@ -10,6 +10,8 @@ use crate::spool::{Chunk, EpochRange};
 /// Calls of [`ToAgent::Resume`] without an ack in between, after which the connection is given up: the two
 /// sides will not agree.
 const MAX_RESUMES: u32 = 32;
+/// Epochs that are left on one connection: more than a spool that was set back has. Each costs writing anew what waits.
+const MAX_LEFT: u32 = 8;
 
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,9 +82,15 @@ pub enum Violation {
     /// An ack for what was not sent.
     #[error("the server acknowledges record {0}, which was not sent")]
     Ack(u64),
-    /// It wants to go on behind what the spool has.
-    #[error("the server wants record {0}, which does not exist yet")]
+    /// It wants to go on behind what was sent.
+    #[error("the server wants to go on from record {0}, and nothing was sent so far")]
     Resume(u64),
+    /// Its newest record is one that it does not expect any more.
+    #[error("the server has record {0}, and expects one before it")]
+    Newest(u64),
+    /// It cannot take one epoch after the other.
+    #[error("the server cannot go on in any epoch")]
+    Epochs,
     /// It asks to resume again and again.
     #[error("the server asks to resume again and again")]
     Resumes,
@@ -120,13 +128,25 @@ pub struct Session {
     /// The last record of each batch on its way.
     in_flight: VecDeque<u64>,
     resumes: u32,
+    /// Epochs that were left on this connection.
+    left: u32,
 }
 
 impl Session {
     /// A conversation in this version of the protocol.
     pub fn new(version: u16) -> Self {
         let in_flight = VecDeque::new();
-        Self { version, state: State::New, epoch: 0, greeted: 1, next: 1, sent: 0, in_flight, resumes: 0 }
+        Self {
+            version,
+            state: State::New,
+            epoch: 0,
+            greeted: 1,
+            next: 1,
+            sent: 0,
+            in_flight,
+            resumes: 0,
+            left: 0,
+        }
     }
 
     /// The version of the protocol.
@@ -205,7 +225,10 @@ impl Session {
             ToAgent::Welcome { next_seq, .. } | ToAgent::Expect { next_seq, .. }
                 if next_seq > self.greeted && is_current =>
             {
-                Ok(self.begin_anew(0))
+                self.begin_anew(0)
+            }
+            ToAgent::Expect { next_seq, last: Some(last) } if last.seq >= next_seq => {
+                Err(Violation::Newest(last.seq))
             }
             // Of an older epoch the spool may have lost the end that the server still got.
             ToAgent::Expect { next_seq, last: Some(last) } => {
@@ -224,7 +247,10 @@ impl Session {
             }
             // It was said before the hello that is on its way; the welcome will tell.
             ToAgent::Resume { .. } if self.state != State::Streaming => Ok(Effect::None),
-            ToAgent::Resume { next_seq } if next_seq > end => Err(Violation::Resume(next_seq)),
+            // Forward it would skip what was never sent.
+            ToAgent::Resume { next_seq } if next_seq > self.sent.max(1) || next_seq > end => {
+                Err(Violation::Resume(next_seq))
+            }
             ToAgent::Resume { next_seq } => {
                 self.resumes += 1;
                 if self.resumes > MAX_RESUMES {
@@ -232,7 +258,6 @@ impl Session {
                 }
                 self.in_flight.clear();
                 self.next = next_seq.max(1);
-                self.sent = self.sent.max(self.next);
                 Ok(Effect::None)
             }
             ToAgent::Refused { reason } => Ok(Effect::Refused(reason)),
@@ -242,16 +267,20 @@ impl Session {
 
     /// The spool has this fingerprint of the record of [`Effect::Compare`]; `None`: it does not have the record any more,
     /// as usual when that was acknowledged.
-    pub fn compared(&mut self, found: Option<[u8; 16]>) -> Effect {
-        match self.state {
+    ///
+    /// # Errors
+    /// [`Violation::Epochs`].
+    pub fn compared(&mut self, found: Option<[u8; 16]>) -> Result<Effect, Violation> {
+        let effect = match self.state {
             State::Comparing { last, .. } if found.is_some_and(|found| found != last.fingerprint) => {
-                self.begin_anew(0)
+                self.begin_anew(0)?
             }
             State::Comparing { next_seq, last } => self.go_on(next_seq, last.seq),
-            State::GivenUp { last, .. } if found.is_some() => self.begin_anew(last),
+            State::GivenUp { last, .. } if found.is_some() => self.begin_anew(last)?,
             State::GivenUp { next_seq, .. } => self.stream(next_seq),
             _ => Effect::None,
-        }
+        };
+        Ok(effect)
     }
 
     /// The server's newest record is `last`, and it expects `next_seq`. It was told that what is between them cannot come,
@@ -266,10 +295,13 @@ impl Session {
         Effect::Compare { epoch: self.epoch, seq: newest }
     }
 
-    fn begin_anew(&mut self, acked: u64) -> Effect {
-        let epoch = self.epoch;
-        *self = Self::new(self.version);
-        Effect::LeaveEpoch { epoch, acked }
+    fn begin_anew(&mut self, acked: u64) -> Result<Effect, Violation> {
+        let (epoch, left) = (self.epoch, self.left + 1);
+        if left > MAX_LEFT {
+            return Err(Violation::Epochs);
+        }
+        *self = Self { left, ..Self::new(self.version) };
+        Ok(Effect::LeaveEpoch { epoch, acked })
     }
 
     fn stream(&mut self, next_seq: u64) -> Effect {
@@ -322,7 +354,7 @@ mod tests {
     fn welcomed(session: &mut Session, epochs: &[EpochRange], next_seq: u64) -> Effect {
         let last = known(next_seq - 1).filter(|last| last.seq > 0);
         match session.receive(ToAgent::Expect { next_seq, last }, epochs).unwrap() {
-            Effect::Compare { .. } => session.compared(Some([1; 16])),
+            Effect::Compare { .. } => session.compared(Some([1; 16])).unwrap(),
             effect => effect,
         }
     }
@@ -438,6 +470,8 @@ mod tests {
         assert_eq!(session.receive(ToAgent::Ack { epoch: 7, seq: 51 }, &epochs), Err(Violation::Ack(51)));
         assert_eq!(session.receive(welcome(1), &epochs), Err(Violation::Welcome));
         assert_eq!(session.receive(ToAgent::Resume { next_seq: 101 }, &epochs), Err(Violation::Resume(101)));
+        let behind = ToAgent::Resume { next_seq: 52 };
+        assert_eq!(session.receive(behind, &epochs), Err(Violation::Resume(52)), "it was not sent yet");
         for _ in 0..MAX_RESUMES {
             session.receive(ToAgent::Resume { next_seq: 2 }, &epochs).unwrap();
         }
@@ -447,6 +481,23 @@ mod tests {
         let other = ToAgent::Welcome { version: 1, next_seq: 1 };
         assert_eq!(greeted.receive(other, &epochs), Err(Violation::Version(1)));
         assert_eq!(Session::new(1).receive(welcome(1), &epochs), Err(Violation::Unasked));
+        let mut greeted = Session::new(2);
+        greeted.step(&epochs);
+        let newer = ToAgent::Expect { next_seq: 5, last: known(5) };
+        assert_eq!(greeted.receive(newer, &epochs), Err(Violation::Newest(5)));
+    }
+
+    #[test]
+    fn a_server_that_takes_no_epoch_does_not_make_the_spool_write_for_ever() {
+        let epochs = [range(7, 1, 100)];
+        let mut session = Session::new(2);
+        for _ in 0..MAX_LEFT {
+            session.step(&epochs);
+            let left = Effect::LeaveEpoch { epoch: 7, acked: 0 };
+            assert_eq!(session.receive(welcome(101), &epochs), Ok(left));
+        }
+        session.step(&epochs);
+        assert_eq!(session.receive(welcome(101), &epochs), Err(Violation::Epochs));
     }
 
     #[test]
@@ -468,14 +519,14 @@ mod tests {
             let message = ToAgent::Expect { next_seq: 51, last: known(48) };
             assert_eq!(session.receive(message, &epochs), Ok(Effect::Compare { epoch: 7, seq: 48 }));
             assert_eq!(session.step(&epochs), Step::Wait);
-            let effect = session.compared(found);
+            let effect = session.compared(found).unwrap();
             (session, effect)
         };
         let gap = |found, behind| {
             let (mut session, effect) = expect(found);
             assert_eq!(effect, Effect::Compare { epoch: 7, seq: 50 }, "the server has given it up");
             assert_eq!(session.step(&epochs), Step::Wait);
-            session.compared(behind)
+            session.compared(behind).unwrap()
         };
         let goes_on = Effect::Acked { epoch: 7, seq: 50 };
         assert_eq!(gap(Some([1; 16]), None), goes_on);
@@ -507,7 +558,7 @@ mod tests {
             session.step(&both);
             let message = ToAgent::Expect { next_seq: 9, last: known(4) };
             assert_eq!(session.receive(message, &both), Ok(Effect::Compare { epoch: 3, seq: 4 }));
-            assert_eq!(session.compared(Some([found; 16])), effect);
+            assert_eq!(session.compared(Some([found; 16])), Ok(effect));
         }
     }
 }
