@@ -1,7 +1,7 @@
 //! Who is let in to begin a conversation: a peer that is unknown so far holds few places, so that it cannot take
 //! everybody's.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,6 +12,10 @@ use crate::tls::shown;
 /// Refusals are said at most this often.
 const SAY_EVERY_NS: i64 = 1_000_000_000;
 
+/// Addresses that are remembered of those whose peer was known in the end: more than there are agents. Beyond, all are
+/// forgotten, and come again.
+const MAX_GUESTS: usize = 16_384;
+
 /// Counts those that are inside and not known yet.
 #[derive(Debug)]
 pub struct Gate {
@@ -21,6 +25,8 @@ pub struct Gate {
     per_address: usize,
     /// Places in all.
     total: usize,
+    /// Of these, places that strangers do not get: one host may have any number of IPv6 addresses.
+    reserved: usize,
     state: Mutex<State>,
 }
 
@@ -28,6 +34,10 @@ pub struct Gate {
 struct State {
     places: HashMap<IpAddr, usize>,
     taken: usize,
+    /// Of these, by strangers.
+    strangers: usize,
+    /// Addresses from which somebody called who turned out to be known.
+    guests: HashSet<IpAddr>,
     refused: u64,
     said_ns: Option<i64>,
 }
@@ -37,6 +47,18 @@ struct State {
 pub struct Place {
     gate: Arc<Gate>,
     address: IpAddr,
+    is_stranger: bool,
+}
+
+impl Place {
+    /// Who took it turned out to be known: calls from this address get a place also when strangers have taken theirs.
+    pub fn vouch(&self) {
+        let mut state = self.gate.state();
+        if state.guests.len() >= MAX_GUESTS {
+            state.guests.clear();
+        }
+        state.guests.insert(self.address);
+    }
 }
 
 /// Why there is no place.
@@ -49,9 +71,10 @@ pub enum Full {
 }
 
 impl Gate {
-    /// A gate with `total` places, at most `per_address` of them for one IP address.
-    pub fn new(what: &'static str, per_address: usize, total: usize) -> Arc<Self> {
-        Arc::new(Self { what, per_address, total, state: Mutex::default() })
+    /// A gate with `total` places, at most `per_address` of them for one IP address; strangers do not get those that are
+    /// `reserved`.
+    pub fn new(what: &'static str, per_address: usize, total: usize, reserved: usize) -> Arc<Self> {
+        Arc::new(Self { what, per_address, total, reserved, state: Mutex::default() })
     }
 
     /// Takes a place for `address`.
@@ -61,14 +84,16 @@ impl Gate {
     pub fn enter(self: &Arc<Self>, address: IpAddr) -> Result<Place, Full> {
         let mut state = self.state();
         let held = state.places.get(&address).copied().unwrap_or_default();
+        let is_stranger = !state.guests.contains(&address);
         let full = if held >= self.per_address {
             Full::Address
-        } else if state.taken >= self.total {
+        } else if state.taken >= self.total || is_stranger && state.strangers + self.reserved >= self.total {
             Full::All
         } else {
             state.places.insert(address, held + 1);
             state.taken += 1;
-            return Ok(Place { gate: self.clone(), address });
+            state.strangers += usize::from(is_stranger);
+            return Ok(Place { gate: self.clone(), address, is_stranger });
         };
         state.refused += 1;
         Err(full)
@@ -142,6 +167,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut state = self.gate.state();
         state.taken -= 1;
+        state.strangers -= usize::from(self.is_stranger);
         let left = state.places.remove(&self.address).unwrap_or_default().saturating_sub(1);
         if left > 0 {
             state.places.insert(self.address, left);
@@ -161,7 +187,7 @@ mod tests {
 
     #[test]
     fn one_address_cannot_take_the_places_of_the_others() {
-        let gate = Gate::new("test", 2, 3);
+        let gate = Gate::new("test", 2, 3, 0);
         let first = gate.enter(address(1)).unwrap();
         let _second = gate.enter(address(1)).unwrap();
         assert_eq!(gate.enter(address(1)).unwrap_err(), Full::Address);
@@ -173,8 +199,27 @@ mod tests {
     }
 
     #[test]
+    fn strangers_leave_places_for_those_who_are_known() {
+        let gate = Gate::new("test", 2, 4, 2);
+        gate.enter(address(9)).unwrap().vouch();
+        let _strangers = [gate.enter(address(1)).unwrap(), gate.enter(address(2)).unwrap()];
+        assert_eq!(gate.enter(address(3)).unwrap_err(), Full::All);
+        let _known = [gate.enter(address(9)).unwrap(), gate.enter(address(9)).unwrap()];
+        assert_eq!(gate.enter(address(9)).unwrap_err(), Full::Address);
+    }
+
+    #[test]
+    fn the_known_are_bounded_too() {
+        let gate = Gate::new("test", 1, 1, 0);
+        for last in 0..=MAX_GUESTS as u128 {
+            gate.enter(std::net::Ipv6Addr::from_bits(last).into()).unwrap().vouch();
+        }
+        assert_eq!(gate.state().guests.len(), 1);
+    }
+
+    #[test]
     fn places_that_are_left_are_forgotten() {
-        let gate = Gate::new("test", 2, 3);
+        let gate = Gate::new("test", 2, 3, 0);
         drop((gate.enter(address(1)).unwrap(), gate.enter(address(1)).unwrap()));
         assert!(gate.state().places.is_empty());
         assert_eq!(gate.state().taken, 0);
@@ -182,7 +227,7 @@ mod tests {
 
     #[test]
     fn refusals_are_said_once_a_second_and_none_is_forgotten() {
-        let gate = Gate::new("test", 0, 0);
+        let gate = Gate::new("test", 0, 0, 0);
         assert_eq!(gate.refusals(0), None);
         gate.enter(address(1)).unwrap_err();
         assert_eq!(gate.refusals(SECOND), Some(1));

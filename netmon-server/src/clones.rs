@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-/// Processes that are remembered of an agent.
-const REMEMBERED: usize = 16;
+/// Processes that are remembered of an agent: nobody connects so often before the agent that was pushed aside is back.
+const REMEMBERED: usize = 256;
 
 /// The processes that called with one agent's key: each names itself by a random number and counts its connections.
 #[derive(Debug, Default)]

@@ -4,7 +4,7 @@
 //! agent that breaks the protocol loses its connection, and is kept out for a while when it does so again and again; one
 //! that sends more than its share is read more slowly. The others do not notice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -26,7 +26,7 @@ use crate::clock::{self, Now};
 use crate::clones::Callers;
 use crate::conversation::{Action, Applied, Conversation, Stop, Work, refusal, revoked};
 use crate::frames::{self, FrameError};
-use crate::limits::{BURST, Bucket, RATE, Strikes};
+use crate::limits::{Share, Strikes};
 use crate::notice::Notice;
 use crate::presence::{Life, Presence};
 use crate::signing::LogKey;
@@ -37,7 +37,8 @@ use crate::writer::{Unavailable, Writer};
 
 /// Agents at once: forty rooms of a hundred PCs.
 const MAX_CONNECTIONS: usize = 4096;
-/// Handshakes at once, of peers that may be anybody: they take no agent's place.
+/// Handshakes at once, of peers that may be anybody: they take no agent's place. Half of them are for addresses from which an
+/// agent called before.
 const MAX_HANDSHAKES: usize = 1024;
 /// Handshakes at once from one IP address: a PC has one, some more share an address.
 const MAX_HANDSHAKES_PER_ADDRESS: usize = 16;
@@ -61,6 +62,8 @@ const SAVE_TICKS: u64 = 5;
 const SIGN_TICKS: u64 = 60;
 /// Notices that wait for a store that takes nothing.
 const MAX_NOTICES: usize = 10_000;
+/// A request for a certificate, in records of an agent's share.
+const RENEWAL_COST: u64 = 100;
 /// A clone is said once in this time, boot clock.
 const CLONE_AGAIN_NS: u64 = 60_000_000_000;
 
@@ -134,7 +137,7 @@ struct Live {
 
 /// What outlives an agent's connections.
 struct Known {
-    bucket: Bucket,
+    share: Share,
     strikes: Strikes,
     callers: Callers,
     /// When it was said last that it was cloned, boot clock.
@@ -146,7 +149,7 @@ struct Known {
 impl Default for Known {
     fn default() -> Self {
         Self {
-            bucket: Bucket::new(RATE, BURST),
+            share: Share::default(),
             strikes: Strikes::default(),
             callers: Callers::default(),
             cloned_ns: None,
@@ -186,7 +189,7 @@ impl Collector {
         mut stop: watch::Receiver<bool>,
         allow_list_changed: Arc<Notify>,
     ) {
-        let gate = Gate::new("events", MAX_HANDSHAKES_PER_ADDRESS, MAX_HANDSHAKES);
+        let gate = Gate::new("events", MAX_HANDSHAKES_PER_ADDRESS, MAX_HANDSHAKES, MAX_HANDSHAKES / 2);
         let (ended, end) = watch::channel(false);
         let noting = tokio::spawn(self.clone().note(end.clone()));
         let keeping = tokio::spawn(self.clone().keep(end, allow_list_changed));
@@ -323,10 +326,35 @@ impl Collector {
         }
     }
 
-    /// Signs every history that grew.
+    /// Signs every history that grew, but for one that lacks what was signed before: somebody else wrote to the store.
     async fn sign(&self) {
-        let Ok(unsigned) = self.writer.run(None, history::unsigned).await else { return };
         let now_ns = clock::wall_ns();
+        let signed_before: BTreeMap<_, _> = lock(&self.agents)
+            .iter()
+            .filter_map(|(agent, known)| Some((*agent, known.checkpoint.clone()?)))
+            .collect();
+        let look = move |conn: &rusqlite::Connection| {
+            let (mut unsigned, mut changed) = (Vec::new(), Vec::new());
+            for history in history::unsigned(conn)? {
+                let before = signed_before.get(&history.agent);
+                match before {
+                    Some(before) if !history::has_checkpoint(conn, history.agent, before)? => {
+                        store::add_set_back(conn, history.agent, before, now_ns)?;
+                        changed.push(history.agent);
+                    }
+                    _ => unsigned.push(history),
+                }
+            }
+            Ok((unsigned, changed))
+        };
+        let Ok((unsigned, changed)) = self.writer.run(None, look).await else { return };
+        for agent in changed {
+            tracing::error!(
+                agent = agent.0,
+                "this history was changed or set back behind the server's back: it is not signed any more; \
+                 `netmon-server verify` says more"
+            );
+        }
         let mut signed = Vec::new();
         for Unsigned { agent, uuid, size, head } in unsigned {
             match self.log_key.sign(&uuid, size, head, now_ns) {
@@ -364,6 +392,7 @@ impl Collector {
                 return say_goodbye(&connection, None, &end).await;
             }
         };
+        place.vouch();
         drop(place);
         if !self.register(&agent, number, version, &connection) {
             return connection.close(code::REPLACED.into(), b"the same identity connected again");
@@ -421,14 +450,40 @@ impl Collector {
         let known = self.writer.run(None, move |conn| {
             let Some(agent) = store::agent_by_key(conn, &key)? else { return Ok(None) };
             store::used_key(conn, agent.id, &key)?;
-            Ok(Some((history::newest_checkpoint(conn, agent.id)?, agent)))
+            let was_introduced = store::was_introduced(conn, agent.id)?;
+            Ok(Some((history::newest_checkpoint(conn, agent.id)?, was_introduced, agent)))
         });
-        let (checkpoint, agent) =
-            known.await?.ok_or_else(|| refused("this server does not know this agent's key; enrol again"))?;
-        lock(&self.agents).entry(agent.id).or_default().checkpoint = checkpoint;
+        let Some((checkpoint, was_introduced, agent)) = known.await? else {
+            let ended = self.writer.run(None, move |conn| store::agent_by_ended_key(conn, &key)).await?;
+            let ended =
+                ended.ok_or_else(|| refused("this server does not know this agent's key; enrol again"))?;
+            self.notice_clone(
+                &ended,
+                shown(connection.remote_address()),
+                "with a key that a renewed one had replaced",
+            );
+            return Err(refused(
+                "this agent's key was replaced by the one of a renewed certificate: there is a copy of its identity, or \
+                 its disk was set back to an older image; enrol again",
+            ));
+        };
+        {
+            // What was signed once stays signed, whatever the store says.
+            let mut agents = lock(&self.agents);
+            let known = &mut agents.entry(agent.id).or_default().checkpoint;
+            let signed = known.as_ref().map_or(0, |known| known.size);
+            *known = checkpoint.filter(|newest| newest.size > signed).or(known.take());
+        }
         let zone = jiff::tz::TimeZone::system();
         if agent.revoked_ns.is_some() {
             return Err(revoked(&agent.seat).into());
+        }
+        if version == 1 && was_introduced {
+            // It has no introduction, which tells two machines apart, and no heartbeats.
+            return Err(refused(
+                "this agent spoke version 2 of the protocol before, and version 1 does not say whether it watches; \
+                 install the newer netmon-agent again",
+            ));
         }
         if now_ns.saturating_sub(expires_ns) > AGENT_GRACE.as_nanos() as i64 {
             let at = logline::time(expires_ns, &zone);
@@ -503,19 +558,30 @@ impl Collector {
 
     /// A process introduced itself: is it the only one?
     fn look_for_clones(&self, agent: &Agent, about: &wire::About, address: std::net::SocketAddr) {
-        let now = Now::read();
         let mut agents = lock(&self.agents);
         let known = agents.entry(agent.id).or_default();
         if !known.callers.is_clone(about.instance, about.connect) {
             return;
         }
-        let is_new = known.cloned_ns.is_none_or(|said| now.boot_ns.saturating_sub(said) > CLONE_AGAIN_NS);
+        drop(agents);
+        self.notice_clone(agent, address, &about.hostname.escaped().to_string());
+    }
+
+    /// Says, now and then, that another machine calls with an agent's identity.
+    fn notice_clone(&self, agent: &Agent, address: std::net::SocketAddr, what: &str) {
+        let now = Now::read();
+        let is_new = {
+            let mut agents = lock(&self.agents);
+            let said = &mut agents.entry(agent.id).or_default().cloned_ns;
+            let is_new = said.is_none_or(|said| now.boot_ns.saturating_sub(said) > CLONE_AGAIN_NS);
+            if is_new {
+                *said = Some(now.boot_ns);
+            }
+            is_new
+        };
         if is_new {
-            known.cloned_ns = Some(now.boot_ns);
-            drop(agents);
-            let hostname = about.hostname.escaped().to_string();
-            tracing::error!(seat = agent.seat, %address, hostname, "two machines use this agent's identity");
-            let newer = Raw::new(format!("{address} {hostname}"));
+            tracing::error!(seat = agent.seat, %address, what, "two machines use this agent's identity");
+            let newer = Raw::new(format!("{address} {what}"));
             self.notice(agent.id, Notice::Cloned { older: Raw::new(&agent.seat), newer }, now.wall_ns);
         }
     }
@@ -705,7 +771,7 @@ impl Talk<'_> {
     fn charge(&mut self, cost: u64) {
         let mut agents = lock(&self.collector.agents);
         let known = agents.entry(self.agent.id).or_default();
-        self.pause = known.bucket.take(cost, Now::read().boot_ns);
+        self.pause = known.share.take(cost, Now::read().boot_ns);
     }
 
     fn introduce(&self, about: &mut wire::About) {
@@ -735,11 +801,21 @@ impl Talk<'_> {
     }
 
     /// A certificate for the agent's next key.
-    async fn renew(&self, csr_der: &[u8]) -> Result<ToAgent, End> {
+    async fn renew(&mut self, csr_der: &[u8]) -> Result<ToAgent, End> {
         let key = AgentKey::from_request(csr_der).map_err(|error| fault(error.to_string()))?;
         let Agent { id, uuid, .. } = *self.agent;
         let now_ns = clock::wall_ns();
         let now = Duration::from_nanos(u64::try_from(now_ns).unwrap_or_default());
+        self.charge(RENEWAL_COST);
+        // Whoever copied a key must not be able to leave its owner without one at any time.
+        if self.expires_ns.saturating_sub(now_ns) > AGENT_LIFETIME.as_nanos() as i64 / 3 {
+            tracing::warn!(
+                seat = self.agent.seat,
+                address = %self.address,
+                "a new certificate is asked for though the old one is young: not now"
+            );
+            return Ok(ToAgent::Renewed { certificate_der: Vec::new() });
+        }
         let certificate_der = match self.collector.ca.issue_agent(&key, &uuid, now) {
             Ok(der) => der,
             Err(error) => {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use netmon_common::enroll::MAX_DER;
+use netmon_common::model::Coverage;
 use netmon_common::raw::Raw;
 use netmon_common::wire::{About, Batch, Heartbeat, Hello, Open, ToAgent, ToServer, VERSION, WireError};
 use rusqlite::Connection;
@@ -87,10 +88,11 @@ impl Drop for Applied {
     }
 }
 
-/// A step in the store.
+/// A step in the store. One that is dropped before it was applied did not come to the store either.
 #[derive(Debug)]
 pub struct Work {
     line: Line,
+    was_applied: AtomicBool,
     agent: AgentId,
     /// Label for messages.
     seat: String,
@@ -149,7 +151,12 @@ impl Conversation {
                 What::Open(open)
             }
             ToServer::Batch(batch) => self.batch(&batch)?,
-            ToServer::Heartbeat(heartbeat) if self.version > 1 => return Ok(Action::Heartbeat(heartbeat)),
+            ToServer::Heartbeat(heartbeat) if self.version > 1 => {
+                if heartbeat.coverage.interfaces.len() > Coverage::MAX_INTERFACES {
+                    return Err(Stop::Fault("a heartbeat with too many interfaces".into()));
+                }
+                return Ok(Action::Heartbeat(heartbeat));
+            }
             ToServer::Renew { csr_der } if self.version > 1 => return self.renew(csr_der),
             ToServer::Hello(_) | ToServer::Open(_) | ToServer::Heartbeat(_) | ToServer::Renew { .. } => {
                 return Err(Stop::Fault("a message of another version".into()));
@@ -157,7 +164,8 @@ impl Conversation {
         };
         let Self { agent, connection, .. } = *self;
         let (line, seat) = (self.line.clone(), self.seat.clone());
-        Ok(Action::Store(Work { line, agent, seat, connection, what }))
+        let was_applied = AtomicBool::new(false);
+        Ok(Action::Store(Work { line, was_applied, agent, seat, connection, what }))
     }
 
     fn hello(&mut self, hello: Hello) -> Result<What, Stop> {
@@ -202,6 +210,14 @@ impl Conversation {
     }
 }
 
+impl Drop for Work {
+    fn drop(&mut self) {
+        if !*self.was_applied.get_mut() {
+            self.line.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 impl Work {
     /// Does the step in somebody's transaction; after its commit, [`Applied::committed`] is to be called. `None`: nothing
     /// was done, because an earlier step of the connection did not come to the store.
@@ -209,6 +225,7 @@ impl Work {
     /// # Errors
     /// SQLite's.
     pub fn apply(&self, conn: &Connection, now_ns: i64) -> rusqlite::Result<Option<Applied>> {
+        self.was_applied.store(true, Ordering::Relaxed);
         if self.line.0.load(Ordering::Relaxed) {
             return Ok(None);
         }
@@ -339,7 +356,8 @@ mod tests {
         };
         let introduced = || {
             let mut conversation = Conversation::new(&agent, 1, 2);
-            work(&mut conversation, ToServer::About(about()));
+            let about = work(&mut conversation, ToServer::About(about()));
+            about.apply(room.conn(), 0).unwrap().unwrap().committed().unwrap();
             conversation
         };
         let next = |answer| match answer {
@@ -356,6 +374,12 @@ mod tests {
         assert!(behind.apply(room.conn(), 0).unwrap().is_none());
         let items = store::history::stored_from(room.conn(), id, 1, 9).unwrap();
         assert!(items.is_empty(), "{items:?}");
+
+        // Its transaction could not even begin.
+        let mut conversation = introduced();
+        let [lost, behind] = [open(1), open(2)].map(|what| work(&mut conversation, what));
+        drop(lost);
+        assert!(behind.apply(room.conn(), 0).unwrap().is_none());
 
         // A fault ends the connection, also for what came in the same transaction.
         let mut conversation = introduced();

@@ -46,7 +46,7 @@ pub struct Enrollment {
 impl Enrollment {
     /// Enrols PCs until `stop` becomes true.
     pub async fn run(self: Arc<Self>, endpoint: Endpoint, mut stop: watch::Receiver<bool>) {
-        let gate = Gate::new("enrolment", MAX_CONNECTIONS_PER_ADDRESS, MAX_CONNECTIONS);
+        let gate = Gate::new("enrolment", MAX_CONNECTIONS_PER_ADDRESS, MAX_CONNECTIONS, 0);
         let mut tasks = JoinSet::new();
         loop {
             let incoming = tokio::select! {

@@ -142,6 +142,21 @@ pub fn place(expected: u64, item: &Checked) -> Place<'_> {
     }
 }
 
+/// Holes that follow each other are one: each costs an item of the history.
+fn join_holes(items: Vec<Item>) -> Vec<Item> {
+    let mut joined: Vec<Item> = Vec::with_capacity(items.len());
+    for item in items {
+        if let (Item::Hole(more), Some(Item::Hole(count))) = (&item, joined.last_mut())
+            && let Some(sum) = count.checked_add(*more).filter(|sum| *sum <= MAX_HOLE)
+        {
+            *count = sum;
+        } else {
+            joined.push(item);
+        }
+    }
+    joined
+}
+
 /// Decodes every record of a batch and compares its number with its place.
 ///
 /// # Errors
@@ -151,6 +166,7 @@ pub fn check(first_seq: u64, items: Vec<Item>) -> Result<Vec<Checked>, Fault> {
         return Err(Fault::Number(first_seq));
     }
     let mut seq = first_seq;
+    let items = join_holes(items);
     let checked = items.into_iter().map(|item| {
         let at = seq;
         seq = at.saturating_add(item.span());
@@ -195,6 +211,16 @@ mod tests {
 
     fn record(seq: u64, event: Event) -> Vec<u8> {
         Record { seq, run: 1, boot_ns: 0, wall_ns: seq as i64, event }.to_bytes().unwrap()
+    }
+
+    #[test]
+    fn holes_that_follow_each_other_are_one() {
+        let holes = |counts: &[u64]| counts.iter().map(|count| Item::Hole(*count)).collect::<Vec<_>>();
+        let spans =
+            |checked: Vec<Checked>| checked.iter().map(|item| (item.seq, item.next_seq)).collect::<Vec<_>>();
+        assert_eq!(spans(check(5, holes(&[1; 500])).unwrap()), [(5, 505)]);
+        let longest = check(1, holes(&[MAX_HOLE, 1, 1])).unwrap();
+        assert_eq!(spans(longest), [(1, MAX_HOLE + 1), (MAX_HOLE + 1, MAX_HOLE + 3)]);
     }
 
     #[test]

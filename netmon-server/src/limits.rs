@@ -2,11 +2,16 @@
 
 use std::time::Duration;
 
-/// Records (of the usual size) a second that an agent may deliver in the long run: a thousand times what a PC records, and
-/// an hour's backlog within seconds.
+/// Records (of the usual size) a second that an agent may deliver: a thousand times what a PC records, and an hour's backlog
+/// within seconds.
 pub const RATE: u64 = 2_000;
 /// Records that it may deliver at once.
 pub const BURST: u64 = 4_000;
+/// Records a second that it may deliver in the long run: the server's disk is everybody's. As many as let the heartbeats
+/// behind four batches of 500 come in time.
+pub const LONG_RATE: u64 = 250;
+/// Records that it may deliver before that counts: more than a full spool holds.
+pub const LONG_BURST: u64 = 4_000_000;
 
 /// Faults within [`STRIKES_NS`] that put an agent into quarantine.
 pub const STRIKES: u32 = 3;
@@ -38,6 +43,26 @@ impl Bucket {
         let full_ns = now_ns.saturating_sub(time(self.burst));
         self.spent_until_ns = self.spent_until_ns.max(full_ns).saturating_add(time(cost));
         Duration::from_nanos(self.spent_until_ns.saturating_sub(now_ns))
+    }
+}
+
+/// What one agent may take, for the moment and in the long run.
+#[derive(Clone, Debug)]
+pub struct Share {
+    short: Bucket,
+    long: Bucket,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { short: Bucket::new(RATE, BURST), long: Bucket::new(LONG_RATE, LONG_BURST) }
+    }
+}
+
+impl Share {
+    /// Takes the cost of so many records; how long to wait before what they are for is done.
+    pub fn take(&mut self, cost: u64, now_ns: u64) -> Duration {
+        self.short.take(cost, now_ns).max(self.long.take(cost, now_ns))
     }
 }
 
@@ -86,6 +111,21 @@ mod tests {
     fn a_bucket_never_holds_more_than_a_burst() {
         let mut bucket = Bucket::new(100, 200);
         assert_eq!(bucket.take(300, 1_000_000 * SECOND), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn in_the_long_run_an_agent_gets_less_than_for_a_moment() {
+        let mut share = Share::default();
+        let mut now = 1_000_000 * SECOND;
+        let start = now;
+        let mut delivered = 0;
+        while now - start < 24 * 3_600 * SECOND {
+            now += share.take(1_000, now).as_nanos() as u64;
+            delivered += 1_000;
+        }
+        let long = LONG_BURST + 24 * 3_600 * LONG_RATE;
+        assert!((long - 2_000..=long + 2_000).contains(&delivered), "{delivered}");
+        assert!(share.take(0, now + 24 * 3_600 * SECOND).is_zero());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use jiff::tz::TimeZone;
 use netmon_common::raw::Raw;
-use netmon_common::wire::{About, Heartbeat};
+use netmon_common::wire::{About, Checkpoint, Heartbeat};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params};
 
 use super::history::add_notice;
@@ -234,8 +234,23 @@ pub fn renew(conn: &Connection, id: AgentId, spki_sha256: &[u8; 32]) -> rusqlite
     Ok(())
 }
 
+/// The agent whose key this was before it used the next one.
+pub fn agent_by_ended_key(conn: &Connection, spki_sha256: &[u8; 32]) -> rusqlite::Result<Option<Agent>> {
+    conn.prepare_cached(
+        "SELECT id, uuid, seat, revoked_ns, quarantined_ns FROM agents
+         WHERE id = (SELECT agent FROM ended_keys WHERE spki_sha256 = ?1)",
+    )?
+    .query_row([spki_sha256.as_slice()], agent)
+    .optional()
+}
+
 /// An agent has connected with this key: if it is the new one, the old one is not its own any more.
 pub fn used_key(conn: &Connection, id: AgentId, spki_sha256: &[u8; 32]) -> rusqlite::Result<()> {
+    conn.prepare_cached(
+        "INSERT OR IGNORE INTO ended_keys (spki_sha256, agent)
+         SELECT spki_sha256, id FROM agents WHERE id = ?1 AND next_spki_sha256 = ?2",
+    )?
+    .execute(params![id.0, spki_sha256])?;
     conn.prepare_cached(
         "UPDATE agents SET spki_sha256 = ?2, next_spki_sha256 = NULL WHERE id = ?1 AND next_spki_sha256 = ?2",
     )?
@@ -325,10 +340,29 @@ pub fn introduced(conn: &Connection, id: AgentId, about: &About, now_ns: i64) ->
         .query_row([id.0, witness.size as i64], |row| row.get(0))
         .optional()?;
     if known != Some(witness.head) {
-        let notice = Notice::StoreSetBack { size: witness.size, signed_ns: witness.signed_ns };
-        add_notice(conn, id, &notice, now_ns)?;
+        add_set_back(conn, id, witness, now_ns)?;
     }
     Ok(())
+}
+
+/// Did the agent introduce itself before? It speaks at least version 2 of the protocol then.
+pub fn was_introduced(conn: &Connection, id: AgentId) -> rusqlite::Result<bool> {
+    conn.prepare_cached("SELECT about IS NOT NULL FROM agents WHERE id = ?1")?
+        .query_row([id.0], |row| row.get(0))
+}
+
+/// Notices, once, that the store does not have a checkpoint that this server signed.
+pub fn add_set_back(
+    conn: &Connection,
+    id: AgentId,
+    checkpoint: &Checkpoint,
+    now_ns: i64,
+) -> rusqlite::Result<()> {
+    let notice = Notice::StoreSetBack { size: checkpoint.size, signed_ns: checkpoint.signed_ns };
+    let is_said: bool = conn
+        .prepare_cached("SELECT EXISTS (SELECT 1 FROM notices WHERE agent = ?1 AND notice = ?2)")?
+        .query_row(params![id.0, notice.to_bytes()], |row| row.get(0))?;
+    if is_said { Ok(()) } else { add_notice(conn, id, &notice, now_ns) }
 }
 
 /// Connection number `connection` is over; nothing happens where a newer one has taken its place.

@@ -214,6 +214,14 @@ pub fn unsigned(conn: &Connection) -> rusqlite::Result<Vec<Unsigned>> {
     .collect()
 }
 
+/// Does the store have this checkpoint?
+pub fn has_checkpoint(conn: &Connection, agent: AgentId, checkpoint: &Checkpoint) -> rusqlite::Result<bool> {
+    conn.prepare_cached(
+        "SELECT EXISTS (SELECT 1 FROM checkpoints WHERE agent = ?1 AND size = ?2 AND head = ?3)",
+    )?
+    .query_row(params![agent.0, checkpoint.size as i64, checkpoint.head], |row| row.get(0))
+}
+
 /// Keeps a checkpoint.
 pub fn add_checkpoint(conn: &Connection, agent: AgentId, checkpoint: &Checkpoint) -> rusqlite::Result<()> {
     conn.prepare_cached(

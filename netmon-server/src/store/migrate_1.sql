@@ -10,6 +10,11 @@ ALTER TABLE agents ADD COLUMN missing_ns INTEGER;
 ALTER TABLE agents ADD COLUMN quarantined_ns INTEGER;
 ALTER TABLE events ADD COLUMN link INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE gaps ADD COLUMN link INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX gaps_begun ON gaps (agent, noticed_ns) WHERE from_seq > to_seq;
+CREATE TABLE ended_keys (
+    spki_sha256     BLOB PRIMARY KEY,
+    agent           INTEGER NOT NULL REFERENCES agents (id)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE notices (
     agent           INTEGER NOT NULL,
     n               INTEGER NOT NULL,

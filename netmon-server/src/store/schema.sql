@@ -26,6 +26,12 @@ CREATE TABLE agents (
     quarantined_ns  INTEGER                -- until when it is not let in
 ) STRICT;
 
+-- Keys that ended when the one of a renewed certificate was used: who calls with one has a copy of the agent's identity.
+CREATE TABLE ended_keys (
+    spki_sha256     BLOB PRIMARY KEY,
+    agent           INTEGER NOT NULL REFERENCES agents (id)
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE tokens (
     id              BLOB PRIMARY KEY,
     secret_sha256   BLOB NOT NULL,
@@ -72,6 +78,9 @@ CREATE TABLE gaps (
     link            INTEGER NOT NULL,
     PRIMARY KEY (agent, n)
 ) STRICT, WITHOUT ROWID;
+
+-- How many histories an agent began lately is asked with each new one.
+CREATE INDEX gaps_begun ON gaps (agent, noticed_ns) WHERE from_seq > to_seq;
 
 -- What the server itself noticed.
 CREATE TABLE notices (

@@ -2,6 +2,7 @@
 
 use std::process::Output;
 
+use netmon_common::model::Coverage;
 use netmon_common::wire::{self, About, Checkpoint, Heartbeat, Item, Newest, Open, ToAgent, ToServer};
 use rcgen::KeyPair;
 use rusqlite::Connection;
@@ -165,24 +166,74 @@ async fn a_process_that_comes_back_behind_another_one_is_a_clone() {
 async fn a_certificate_is_renewed_for_a_new_key_and_the_old_one_ends_with_its_use() {
     let room = Room::new();
     let mut agent = room.agent("pc").await;
-    let mut session = agent.introduce(room.server(), about()).await;
     let key = KeyPair::generate().unwrap();
-    let answer = session.ask(&ToServer::Renew { csr_der: signing_request(&key) }).await;
+    let renew = ToServer::Renew { csr_der: signing_request(&key) };
+    // Not for one that is young: a copied key must not be able to leave its owner without one at any time.
+    let mut session = agent.introduce(room.server(), about()).await;
+    assert_eq!(session.ask(&renew).await, ToAgent::Renewed { certificate_der: Vec::new() });
+    agent.age(room.data.path(), 21);
+    let mut session = agent.introduce(room.server(), About { connect: 2, ..about() }).await;
+    let answer = session.ask(&renew).await;
     let ToAgent::Renewed { certificate_der } = answer else { panic!("{answer:?}") };
+    assert!(!certificate_der.is_empty());
     room.logs("pc", " SERVER certificate renewed, valid until ").await;
 
     // Until the new one is used, the old one still is: the answer may have been lost.
-    let mut session = agent.introduce(room.server(), About { connect: 2, ..about() }).await;
+    let mut session = agent.introduce(room.server(), About { connect: 3, ..about() }).await;
     assert!(matches!(session.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
     let old = std::mem::replace(&mut agent.key, key);
     let old_certificate = std::mem::replace(&mut agent.granted.certificate_der, certificate_der);
-    let mut session = agent.introduce(room.server(), About { connect: 3, ..about() }).await;
+    let mut session = agent.introduce(room.server(), About { connect: 4, ..about() }).await;
     assert!(matches!(session.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
     agent.key = old;
     agent.granted.certificate_der = old_certificate;
-    let mut session = agent.introduce(room.server(), About { connect: 4, ..about() }).await;
+    let mut session = agent.introduce(room.server(), About { connect: 5, ..about() }).await;
     let ToAgent::Refused { reason } = session.ask(&beat(wall_ns())).await else { panic!("let in") };
-    assert!(reason.escaped().to_string().contains("does not know this agent's key"), "{reason:?}");
+    assert!(reason.escaped().to_string().contains("there is a copy of its identity"), "{reason:?}");
+    room.logs("pc", " SERVER CLONE: two machines use this agent's identity").await;
+}
+
+#[tokio::test]
+async fn who_spoke_the_newer_version_cannot_fall_back_to_the_one_without_heartbeats() {
+    let room = Room::new();
+    let agent = room.agent("pc").await;
+    let mut session = agent.introduce(room.server(), about()).await;
+    assert!(matches!(session.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
+    let mut older = agent.connect(room.server()).await.unwrap();
+    let answer = older.hello(EPOCH, 1).await;
+    let Ok(ToAgent::Refused { reason }) = answer else { panic!("{answer:?}") };
+    assert!(reason.escaped().to_string().contains("spoke version 2"), "{reason:?}");
+}
+
+#[tokio::test]
+async fn a_heartbeat_names_no_more_interfaces_than_are_told() {
+    let room = Room::new();
+    let mut session = room.agent("pc").await.introduce(room.server(), about()).await;
+    let mut heartbeat = Heartbeat { boot_ns: 1, wall_ns: wall_ns(), ..Heartbeat::default() };
+    heartbeat.coverage.interfaces = vec!["x".into(); Coverage::MAX_INTERFACES];
+    assert!(matches!(session.ask(&ToServer::Heartbeat(heartbeat.clone())).await, ToAgent::Heard { .. }));
+    heartbeat.coverage.interfaces.push("x".into());
+    session.say(&ToServer::Heartbeat(heartbeat)).await;
+    assert!(session.closed().await.contains("too many interfaces"));
+}
+
+#[tokio::test]
+async fn a_history_that_lacks_what_was_signed_before_is_not_signed_again() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    deliver(&mut agent.introduce(room.server(), about()).await).await;
+    room.stop();
+    room.server = Some(Server::start(room.data.path()));
+    let mut session = agent.introduce(room.server(), About { instance: 2, ..about() }).await;
+    assert!(matches!(session.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
+    // Whoever wants to write the history anew has to take the signatures out of the way.
+    room.store().execute("DELETE FROM checkpoints", []).unwrap();
+    assert_eq!(session.ask(&hello(EPOCH + 1)).await, ToAgent::Expect { next_seq: 1, last: None });
+    room.stop();
+    let signed: i64 =
+        room.store().query_row("SELECT count(*) FROM checkpoints", [], |row| row.get(0)).unwrap();
+    assert_eq!(signed, 0);
+    room.logs("pc", " SERVER TAMPERED: ").await;
 }
 
 /// Everything that can be done to a store behind the server's back is named by `verify`.
