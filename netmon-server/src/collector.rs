@@ -136,6 +136,7 @@ struct Live {
 }
 
 /// What outlives an agent's connections.
+#[derive(Default)]
 struct Known {
     share: Share,
     strikes: Strikes,
@@ -144,18 +145,6 @@ struct Known {
     cloned_ns: Option<u64>,
     /// The newest one.
     checkpoint: Option<Checkpoint>,
-}
-
-impl Default for Known {
-    fn default() -> Self {
-        Self {
-            share: Share::default(),
-            strikes: Strikes::default(),
-            callers: Callers::default(),
-            cloned_ns: None,
-            checkpoint: None,
-        }
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
