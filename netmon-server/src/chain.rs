@@ -4,7 +4,8 @@
 //! SHA-256 (FIPS 180-4) of that end (32 bytes), the item's place `n` (u64), its kind (u8) and its fields, integers in
 //! little-endian. An item that is changed, removed, added or moved changes every end behind it. Now and then the server
 //! signs how long the history is and where its chain ends: a [`Checkpoint`]. The agents keep the newest one they were
-//! given, so that a store that was set back as a whole is noticed, too.
+//! given, so that a store that was set back as a whole is noticed, too. An export is signed at its end, with statements of
+//! another kind ([`Export`]): neither stands for the other.
 
 use netmon_common::wire::Checkpoint;
 use sha2::{Digest as _, Sha256};
@@ -97,8 +98,48 @@ pub fn statement(uuid: &[u8; 16], size: u64, head: &Head, signed_ns: i64) -> Vec
 /// Is this checkpoint signed by the key (Ed25519, RFC 8032; 32 bytes)?
 pub fn is_signed(checkpoint: &Checkpoint, uuid: &[u8; 16], public_key: &[u8]) -> bool {
     let statement = statement(uuid, checkpoint.size, &checkpoint.head, checkpoint.signed_ns);
+    holds(&statement, checkpoint.signature.as_flattened(), public_key)
+}
+
+/// What the server signs at the end of an exported history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Export<'a> {
+    /// Whose history.
+    pub uuid: &'a [u8; 16],
+    /// Label of the seat when it was exported.
+    pub seat: &'a str,
+    /// Items.
+    pub size: u64,
+    /// Where the chain ends.
+    pub head: Head,
+    /// Checkpoints that are exported with it: without them it would look as if the items had been signed late.
+    pub checkpoints: u64,
+    /// When it was exported, the server's clock.
+    pub exported_ns: i64,
+}
+
+impl Export<'_> {
+    /// What the signature is over. The label is last: everything before it has one length.
+    pub fn statement(&self) -> Vec<u8> {
+        let mut statement = b"netmon export 1\0".to_vec();
+        statement.extend(self.uuid);
+        statement.extend(self.size.to_le_bytes());
+        statement.extend(self.head);
+        statement.extend(self.checkpoints.to_le_bytes());
+        statement.extend(self.exported_ns.to_le_bytes());
+        statement.extend(self.seat.as_bytes());
+        statement
+    }
+
+    /// Is it signed by the key (Ed25519, RFC 8032; 32 bytes)?
+    pub fn is_signed(&self, signature: &[u8; 64], public_key: &[u8]) -> bool {
+        holds(&self.statement(), signature, public_key)
+    }
+}
+
+fn holds(statement: &[u8], signature: &[u8], public_key: &[u8]) -> bool {
     let key = ring::signature::UnparsedPublicKey::new(&ring::signature::ED25519, public_key);
-    key.verify(&statement, checkpoint.signature.as_flattened()).is_ok()
+    key.verify(statement, signature).is_ok()
 }
 
 #[cfg(test)]
@@ -150,6 +191,14 @@ mod tests {
             hex(&statement(&[1; 16], 2, &[3; 32], 4)),
             "6e65746d6f6e20636865636b706f696e74203100010101010101010101010101010101010200000000000000\
              03030303030303030303030303030303030303030303030303030303030303030400000000000000"
+        );
+        let export =
+            Export { uuid: &[1; 16], seat: "pc", size: 2, head: [3; 32], checkpoints: 5, exported_ns: 4 };
+        assert_eq!(
+            hex(&export.statement()),
+            "6e65746d6f6e206578706f7274203100010101010101010101010101010101010200000000000000\
+             0303030303030303030303030303030303030303030303030303030303030303\
+             050000000000000004000000000000007063"
         );
     }
 }

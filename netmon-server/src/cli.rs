@@ -83,12 +83,17 @@ pub enum Command {
     /// Times are in this machine's time zone (TZ). Records that came more than 5 s late say so; records that never
     /// came are a GAP line.
     Log(Log),
-    /// Prove that the histories are complete and unedited, or name the first thing that is wrong
+    /// Check that the histories are complete and unedited, or name the first thing that is wrong
     ///
     /// Every item of a history is chained to the one before, and once a minute the server signs how long each history is
-    /// and where its chain ends. Exit status 1 when anything was changed, removed, added or cut off.
+    /// and where its chain ends; an export is signed at its end as well, with the label of the seat. Exit status 1 when
+    /// what is signed was changed, removed, added or cut off, or when the server itself noticed that its store was set back
+    /// or its signatures are strange. In the store, what came after the newest signature is chained, and not signed yet:
+    /// the verdict says how many items are.
     Verify(Verify),
-    /// Write a PC's history to stdout, with all that `verify --file` needs on another machine
+    /// Write a PC's history to stdout, signed at its end, with all that `verify --file` needs on another machine
+    ///
+    /// The signature says that the server's store had this history of this seat at the time of the export, and no more.
     Export(Export),
 }
 
@@ -149,7 +154,7 @@ pub struct Verify {
     /// With --file: the fingerprint of the CA of the server that it must be from, as `verify` prints it there
     #[arg(long, value_name = "HEX", requires = "file")]
     pub ca: Option<String>,
-    /// With --file: print the lines of the log as far as they are verified
+    /// With --file: print the lines of the log, too; the verdict on them comes last, on stderr
     #[arg(long, requires = "file")]
     pub print: bool,
 }

@@ -116,6 +116,12 @@ impl Notice {
         !matches!(self, Self::ClockOffset { .. } | Self::Renewed { .. })
     }
 
+    /// Does it say that what this server stored of the seat before, or signed, cannot be relied on? Nothing that an agent
+    /// can make up.
+    pub fn is_against_the_history(&self) -> bool {
+        matches!(self, Self::StoreSetBack { .. })
+    }
+
     /// For a line behind its time.
     pub fn text(&self, noticed_ns: i64, zone: &TimeZone) -> String {
         match self {

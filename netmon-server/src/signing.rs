@@ -1,11 +1,11 @@
-//! The key with which the server signs how long each history is.
+//! The key with which the server signs how long each history is, and the ends of exports.
 
 use netmon_common::wire::Checkpoint;
 use rcgen::{KeyPair, PublicKeyData as _, SigningKey as _};
 use rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use crate::chain::{Head, statement};
+use crate::chain::{Export, Head, statement};
 
 /// Why the key cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +20,7 @@ pub enum SigningError {
     #[error("the certificate of the key for the log is damaged, or for another key")]
     Certificate,
     /// Signing failed.
-    #[error("cannot sign a checkpoint")]
+    #[error("the key for the log cannot sign")]
     Sign(#[source] rcgen::Error),
 }
 
@@ -69,14 +69,24 @@ impl LogKey {
         head: Head,
         signed_ns: i64,
     ) -> Result<Checkpoint, SigningError> {
-        let bytes = self.key.sign(&statement(uuid, size, &head, signed_ns)).map_err(SigningError::Sign)?;
+        let bytes = self.signature(&statement(uuid, size, &head, signed_ns))?;
         let mut signature = [[0; 32]; 2];
-        let halves = signature.as_flattened_mut();
-        if bytes.len() != halves.len() {
-            return Err(SigningError::Kind);
-        }
-        halves.copy_from_slice(&bytes);
+        signature.as_flattened_mut().copy_from_slice(&bytes);
         Ok(Checkpoint { size, head, signed_ns, signature })
+    }
+
+    /// Signs the end of an export.
+    ///
+    /// # Errors
+    /// [`SigningError::Sign`].
+    pub fn sign_export(&self, export: &Export<'_>) -> Result<[u8; 64], SigningError> {
+        self.signature(&export.statement())
+    }
+
+    fn signature(&self, statement: &[u8]) -> Result<[u8; 64], SigningError> {
+        let bytes = self.key.sign(statement).map_err(SigningError::Sign)?;
+        // All signatures of the one kind of key that is loaded have this length.
+        bytes.try_into().map_err(|_| SigningError::Kind)
     }
 }
 
@@ -115,6 +125,32 @@ pub(crate) mod tests {
             change(&mut bad);
             assert!(!is_signed(&bad, &[1; 16], key.public_key()));
         }
+    }
+
+    #[test]
+    fn a_signed_export_holds_for_what_was_signed_and_no_checkpoint_stands_for_one() {
+        let (key, other) = (key(), key());
+        let export =
+            Export { uuid: &[1; 16], seat: "pc", size: 2, head: [3; 32], checkpoints: 1, exported_ns: 4 };
+        let signature = key.sign_export(&export).unwrap();
+        assert!(export.is_signed(&signature, key.public_key()));
+        for change in [
+            |e: &mut Export<'_>| e.uuid = &[2; 16],
+            |e: &mut Export<'_>| e.seat = "pc2",
+            |e: &mut Export<'_>| e.size += 1,
+            |e: &mut Export<'_>| e.head[31] ^= 1,
+            |e: &mut Export<'_>| e.checkpoints -= 1,
+            |e: &mut Export<'_>| e.exported_ns += 1,
+        ] {
+            let mut bad = export.clone();
+            change(&mut bad);
+            assert!(!bad.is_signed(&signature, key.public_key()), "{bad:?}");
+        }
+        assert!(!export.is_signed(&signature, other.public_key()), "another key");
+        let checkpoint = key.sign(&[1; 16], 2, [3; 32], 4).unwrap();
+        let mut signature = [0; 64];
+        signature.copy_from_slice(checkpoint.signature.as_flattened());
+        assert!(!export.is_signed(&signature, key.public_key()));
     }
 
     #[test]

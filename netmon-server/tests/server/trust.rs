@@ -1,11 +1,17 @@
 //! Version 2 of the protocol: who is heard, who is missing and why; clones; renewal; what can be proved later.
 
+use std::path::Path;
 use std::process::Output;
 
+use netmon_common::enroll::{Hex, unhex};
 use netmon_common::model::Coverage;
 use netmon_common::wire::{self, About, Checkpoint, Heartbeat, Item, Newest, Open, ToAgent, ToServer};
+use netmon_server::chain::{self, Entry};
+use netmon_server::notice::Notice;
+use netmon_server::store::{self, history};
 use rcgen::KeyPair;
 use rusqlite::Connection;
+use serde_json::{Value, json};
 
 use crate::harness::{
     Agent, Server, Session, about, patience, record, run, signing_request, stderr, stdout, success, token,
@@ -64,6 +70,36 @@ impl Room {
     fn verify(&self) -> Output {
         run(self.data.path(), &["verify"])
     }
+
+    fn export(&self, seat: &str) -> String {
+        success(self.data.path(), &["export", seat])
+    }
+
+    /// Adds to a seat's history what the server might have; it must not run.
+    fn add(&self, seat: &str, add: impl FnOnce(&mut history::History<'_>)) {
+        let store = self.store();
+        let agent = store::find_seat(&store, seat).unwrap().remove(0);
+        let mut history = history::History::open(&store, agent.id).unwrap();
+        add(&mut history);
+        history.close().unwrap();
+    }
+
+    fn notice(&self, seat: &str, notice: &Notice) {
+        self.add(seat, |history| history.notice(notice, wall_ns()).unwrap());
+    }
+}
+
+/// `verify --file` where nobody knows the server.
+fn verify_file(exported: &str, more: &[&str]) -> Output {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let file = elsewhere.path().join("pc.history");
+    std::fs::write(&file, exported).unwrap();
+    verify_at(&file, more)
+}
+
+fn verify_at(file: &Path, more: &[&str]) -> Output {
+    let arguments = [&["verify", "--file", file.to_str().unwrap()], more].concat();
+    run(file.parent().unwrap(), &arguments)
 }
 
 fn hello(epoch: u64) -> ToServer {
@@ -280,7 +316,7 @@ async fn an_exported_history_is_verified_elsewhere_and_a_changed_one_is_not() {
     let agent = room.agent("pc").await;
     deliver(&mut agent.introduce(room.server(), about()).await).await;
     room.stop();
-    let exported = success(room.data.path(), &["export", "pc"]);
+    let exported = room.export("pc");
     let fingerprint = stdout(&room.verify()).trim().rsplit(' ').next().unwrap().to_owned();
 
     let elsewhere = tempfile::tempdir().unwrap();
@@ -289,9 +325,12 @@ async fn an_exported_history_is_verified_elsewhere_and_a_changed_one_is_not() {
     std::fs::write(&file, &exported).unwrap();
     let arguments = ["verify", "--file", path, "--ca", &fingerprint];
     let said = success(elsewhere.path(), &arguments);
-    assert!(said.contains("pc: 5 items, complete and unedited"), "{said}");
-    let shown = success(elsewhere.path(), &["verify", "--file", path, "--print"]);
-    assert_eq!(shown, room.log("pc"), "the same lines");
+    assert!(said.starts_with("pc: 5 items, complete and unedited as of 20"), "{said}");
+    assert!(said.contains("; the first 5 signed before, last at 20"), "{said}");
+    let shown = verify_at(&file, &["--print"]);
+    assert!(shown.status.success());
+    assert_eq!(stdout(&shown), room.log("pc"), "the same lines");
+    assert!(stderr(&shown).starts_with(&said), "and the verdict beside them: {}", stderr(&shown));
     let other = run(elsewhere.path(), &["verify", "--file", path, "--ca", &"0".repeat(64)]);
     assert!(stderr(&other).contains("it is from the server with CA fingerprint"), "{}", stderr(&other));
 
@@ -303,17 +342,209 @@ async fn an_exported_history_is_verified_elsewhere_and_a_changed_one_is_not() {
     for at in 0..lines.len() {
         std::fs::write(&file, without(at)).unwrap();
         let verdict = run(elsewhere.path(), &arguments);
-        // Without its only checkpoint the history is consistent, and says that nothing is signed.
-        let is_unsigned = stdout(&verdict).contains("none of them signed yet");
-        assert!(!verdict.status.success() || is_unsigned, "line {at}: {}", stdout(&verdict));
+        assert!(!verdict.status.success(), "line {at}: {}", stdout(&verdict));
+        assert!(!stderr(&verdict).contains("signed by the server"), "line {at}: {}", stderr(&verdict));
     }
-    // Behind the first line: of that, label and time of the export are for people, and the CA is compared.
+    // Behind the first line: of that, the CA is compared by its key.
     for at in (lines[0].len()..exported.len()).step_by(97) {
         let mut bytes = exported.clone().into_bytes();
         bytes[at] ^= 1;
         std::fs::write(&file, bytes).unwrap();
         let verdict = run(elsewhere.path(), &arguments);
         assert!(!verdict.status.success(), "byte {at}: {}", stdout(&verdict));
+    }
+}
+
+/// An export with its lines taken apart.
+struct Exported(Vec<Value>);
+
+impl Exported {
+    fn new(text: &str) -> Self {
+        Self(text.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
+    }
+
+    fn text(&self) -> String {
+        self.0.iter().map(|line| format!("{line}\n")).collect()
+    }
+
+    fn header(&mut self) -> &mut Value {
+        &mut self.0[0]["netmon"]
+    }
+
+    fn end(&mut self) -> &mut Value {
+        &mut self.0.last_mut().unwrap()["end"]
+    }
+
+    fn without_checkpoints(mut self) -> Self {
+        self.0.retain(|line| line.get("checkpoint").is_none());
+        self
+    }
+
+    /// What somebody does who has everything but the key: places, links and the end are made anew.
+    fn relinked(mut self) -> Self {
+        let agent = self.header()["agent"].as_str().unwrap().replace('-', "");
+        let (mut head, mut size) = (chain::start(&unhex(&agent).unwrap()), 0);
+        for line in &mut self.0 {
+            let Some(item) = line.get_mut("record") else { continue };
+            let hex = item["bytes"].as_str().unwrap().as_bytes().chunks(2);
+            let bytes: Vec<u8> =
+                hex.map(|two| unhex::<1>(std::str::from_utf8(two).unwrap()).unwrap()[0]).collect();
+            let entry = Entry::Record {
+                epoch: item["epoch"].as_u64().unwrap(),
+                seq: item["seq"].as_u64().unwrap(),
+                received_ns: item["received_ns"].as_i64().unwrap(),
+                bytes: &bytes,
+            };
+            size += 1;
+            head = chain::link(&head, size, &entry);
+            item["n"] = json!(size);
+            item["link"] = json!(chain::short(&head));
+        }
+        self.end()["size"] = json!(size);
+        self.end()["head"] = json!(Hex(&head).to_string());
+        self
+    }
+}
+
+const UNSIGNED: &str = "BAD: this export is not signed at its end: it was shortened, or edited";
+
+/// The chain has no secret, and checkpoints can be left out: that nothing follows must be signed, too.
+#[tokio::test]
+async fn an_export_whose_chain_and_end_were_made_anew_is_not_signed_at_its_end() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    deliver(&mut agent.introduce(room.server(), about()).await).await;
+    room.stop();
+    let exported = room.export("pc");
+    let unchanged = Exported::new(&exported).relinked();
+    assert!(verify_file(&unchanged.text(), &[]).status.success(), "the test makes the same chain");
+
+    let record = |n: usize| move |e: &Exported| e.0.iter().position(|l| l["record"]["n"] == n).unwrap();
+    let changes: [&dyn Fn(&mut Exported); 5] = [
+        &|e| {
+            let at = record(4)(e);
+            e.0[at]["record"]["received_ns"] = json!(1);
+        },
+        &|e| drop(e.0.remove(record(4)(e))),
+        &|e| {
+            let (at, end) = (record(4)(e), e.0.len() - 1);
+            e.0.drain(at..end);
+        },
+        &|e| {
+            let (from, end) = (record(1)(e), e.0.len() - 1);
+            e.0.drain(from..end);
+        },
+        // Nothing but the checkpoints.
+        &|_| {},
+    ];
+    for (number, change) in changes.iter().enumerate() {
+        for keeps_signature in [true, false] {
+            let mut forged = Exported::new(&exported).without_checkpoints();
+            change(&mut forged);
+            let mut forged = forged.relinked();
+            if !keeps_signature {
+                forged.end().as_object_mut().unwrap().remove("signed").unwrap();
+            }
+            for more in [&[][..], &["--print"]] {
+                let verdict = verify_file(&forged.text(), more);
+                let said = stdout(&verdict) + &stderr(&verdict);
+                assert_eq!(verdict.status.code(), Some(1), "change {number}: {said}");
+                assert!(said.contains(UNSIGNED), "change {number}: {said}");
+                assert!(!said.contains("signed by the server"), "change {number}: {said}");
+            }
+        }
+    }
+    // As an older netmon wrote it.
+    let mut old = Exported::new(&exported);
+    old.header()["history"] = json!(1);
+    old.end().as_object_mut().unwrap().remove("signed").unwrap();
+    let verdict = verify_file(&old.text(), &[]);
+    assert_eq!(verdict.status.code(), Some(1));
+    assert!(stdout(&verdict).contains("or made by an older netmon; export it again"), "{}", stdout(&verdict));
+}
+
+#[tokio::test]
+async fn exports_whose_labels_were_swapped_are_both_bad() {
+    let mut room = Room::new();
+    for seat in ["pc-1", "pc-2"] {
+        let agent = room.agent(seat).await;
+        deliver(&mut agent.introduce(room.server(), about()).await).await;
+    }
+    room.stop();
+    for (seat, other) in [("pc-1", "pc-2"), ("pc-2", "pc-1")] {
+        let exported = room.export(seat);
+        assert!(verify_file(&exported, &[]).status.success());
+        let mut swapped = Exported::new(&exported);
+        swapped.header()["seat"] = json!(other);
+        let verdict = verify_file(&swapped.text(), &[]);
+        assert_eq!(verdict.status.code(), Some(1), "{}", stdout(&verdict));
+        let says = format!("it says seat \"{other}\", the server signed \"{seat}\"");
+        assert!(stdout(&verdict).contains(&says), "{}", stdout(&verdict));
+        // In the signed end, too; and with the other one's end.
+        swapped.end()["signed"]["seat"] = json!(other);
+        let verdict = verify_file(&swapped.text(), &[]);
+        assert_eq!(verdict.status.code(), Some(1));
+        assert!(stdout(&verdict).contains(UNSIGNED), "{}", stdout(&verdict));
+        let signed = Exported::new(&room.export(other)).end()["signed"].take();
+        swapped.end()["signed"] = signed;
+        let verdict = verify_file(&swapped.text(), &[]);
+        assert_eq!(verdict.status.code(), Some(1));
+        assert!(stdout(&verdict).contains(UNSIGNED), "{}", stdout(&verdict));
+    }
+}
+
+#[tokio::test]
+async fn what_the_server_noticed_against_a_history_makes_it_bad_in_the_store_and_in_an_export() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    deliver(&mut agent.introduce(room.server(), about()).await).await;
+    room.stop();
+    room.notice("pc", &Notice::StoreSetBack { size: 9, signed_ns: 0 });
+    // Signed, as everything is.
+    room.server = Some(Server::start(room.data.path()));
+    room.stop();
+    let exported = room.export("pc");
+    for verdict in [room.verify(), verify_file(&exported, &[]), verify_file(&exported, &["--print"])] {
+        let said = stdout(&verdict) + &stderr(&verdict);
+        assert_eq!(verdict.status.code(), Some(1), "{said}");
+        let line = said.lines().find(|line| line.starts_with("pc: BAD: item 6 is ")).unwrap_or_default();
+        assert!(line.contains(" speaks against this history: 20"), "{said}");
+        assert!(line.contains("TAMPERED: this server's store was set back"), "{said}");
+        assert!(!said.contains("complete and unedited"), "{said}");
+    }
+    let shown = stdout(&verify_file(&exported, &["--print"]));
+    assert_eq!(shown, room.log("pc"), "the lines behind it are shown as well");
+}
+
+#[tokio::test]
+async fn clones_and_late_signatures_are_named_beside_a_good_verdict() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    deliver(&mut agent.introduce(room.server(), about()).await).await;
+    room.stop();
+    let said = stdout(&room.verify());
+    assert!(!said.contains("two machines") && !said.contains("was signed only"), "{said}");
+    for _ in 0..2 {
+        room.notice("pc", &Notice::Cloned { older: "a".into(), newer: "b".into() });
+    }
+    let long_ago = wall_ns() - 3 * 3_600_000_000_000;
+    let bytes = record(1).to_bytes().unwrap();
+    room.add("pc", |history| history.record(8, 1, long_ago, long_ago, &bytes).unwrap());
+    // Not signed yet in the store; in the export by its end.
+    let unsigned = stdout(&room.verify());
+    assert!(unsigned.contains("; the first 5 signed, ") && !unsigned.contains("signed only"), "{unsigned}");
+    let exported = [room.export("pc"), {
+        room.server = Some(Server::start(room.data.path()));
+        room.stop();
+        room.export("pc")
+    }];
+    let verdicts = exported.map(|exported| verify_file(&exported, &[]));
+    for verdict in verdicts.into_iter().chain([room.verify()]) {
+        let said = stdout(&verdict);
+        assert!(verdict.status.success(), "{said}");
+        assert!(said.starts_with("pc: 8 items, complete and unedited"), "{said}");
+        assert!(said.contains("; 2 lines say that two machines used this identity"), "{said}");
+        assert!(said.contains("; item 8 was signed only 3 h after it was received"), "{said}");
     }
 }
 
@@ -362,6 +593,9 @@ async fn a_store_that_was_set_back_is_noticed_by_the_agents_witness() {
         agent.introduce(room.server(), About { connect: 4, witness: Some(forged), ..about() }).await;
     assert!(matches!(liar.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
     room.logs("pc", "that is not this server's").await;
+    let verdict = room.verify();
+    assert_eq!(verdict.status.code(), Some(1));
+    assert!(stdout(&verdict).contains(" TAMPERED: this server's store was set back"), "{}", stdout(&verdict));
 }
 
 #[tokio::test]
