@@ -112,12 +112,9 @@ impl SimAgent {
 
     /// What the spool hands out would be there after a power cut in this moment.
     fn check_durable(&self, readable: &Readable, ledger: &Ledger) -> Result<(), String> {
-        // A file with a damaged header is readable until the next start.
-        if ledger.is_damaged {
-            return Ok(());
-        }
         let durable = machine::durable(self.machine.memory());
-        match readable.iter().find(|(id, _)| !durable.contains(id)) {
+        // A file with a damaged header is readable until the next start.
+        match readable.iter().find(|(id, _)| !durable.contains(id) && !ledger.is_hit(**id)) {
             None => Ok(()),
             Some((id, place)) => {
                 Err(format!("record {id} at {place:x?} is handed out and would not outlast a power cut"))

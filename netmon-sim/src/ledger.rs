@@ -46,6 +46,10 @@ pub struct Entry {
     was_given_up: bool,
     /// It might have been missing at some time: a gap may name it.
     pub was_excused: bool,
+    /// It stands in a file that was damaged, and no start has read that since.
+    is_hit: bool,
+    /// It stood in such a file once.
+    was_hit: bool,
 }
 
 impl Entry {
@@ -62,8 +66,8 @@ impl Entry {
     }
 
     /// The server may have been told that it cannot come, if something was damaged or gave way.
-    fn may_lack(&mut self, is_damaged: bool, gave_way: u64) {
-        let excuse = match (is_damaged, gave_way) {
+    fn may_lack(&mut self, gave_way: u64) {
+        let excuse = match (self.is_hit, gave_way) {
             (true, _) => Excuse::Damaged,
             (false, 1..) => Excuse::GaveWay,
             (false, 0) => return,
@@ -109,6 +113,8 @@ pub struct Ledger {
     pub entries: BTreeMap<u64, Entry>,
     /// The spool's files were damaged, and no start has read them since.
     pub is_damaged: bool,
+    /// So was the file in which it records.
+    is_open_hit: bool,
     /// The spool's files were damaged at least once.
     pub was_damaged: bool,
     /// The spool was set back at least once: records may come twice.
@@ -154,6 +160,8 @@ impl Ledger {
             excuse: None,
             was_given_up: false,
             was_excused: false,
+            is_hit: self.is_open_hit,
+            was_hit: self.is_open_hit,
         };
         self.entries.insert(id, entry);
     }
@@ -168,6 +176,22 @@ impl Ledger {
     /// So many records gave way in the last call of a process, which did not live to tell.
     pub fn forgotten(&mut self, count: u64) {
         self.forgotten += count;
+    }
+
+    /// A file with these records was damaged. `is_open`: what comes next may be written behind them.
+    pub fn hit(&mut self, records: &BTreeSet<u64>, is_open: bool) {
+        (self.is_damaged, self.was_damaged, self.is_disturbed) = (true, true, true);
+        self.is_open_hit |= is_open;
+        for (id, entry) in &mut self.entries {
+            if records.contains(id) || is_open && entry.is_live() && !entry.promised {
+                (entry.is_hit, entry.was_hit) = (true, true);
+            }
+        }
+    }
+
+    /// Does this record stand in a file that was damaged?
+    pub fn is_hit(&self, id: u64) -> bool {
+        self.entries.get(&id).is_some_and(|entry| entry.is_hit)
     }
 
     /// The spool refused an event.
@@ -212,7 +236,7 @@ impl Ledger {
             (entry.acked, entry.was_acked) = (true, true);
             if entry.is_unknown {
                 // Or the server has a gap there.
-                entry.may_lack(self.is_damaged, self.gave_way);
+                entry.may_lack(self.gave_way);
             }
             news.push(*id);
         }
@@ -246,7 +270,7 @@ impl Ledger {
     /// Damage was cut out of the spool, which can read these.
     pub fn cut(&mut self, readable: &Readable) {
         for (id, entry) in &mut self.entries {
-            if entry.is_kept() && !readable.contains_key(id) {
+            if entry.is_kept() && entry.is_hit && !readable.contains_key(id) {
                 entry.leave(Excuse::Damaged);
             }
         }
@@ -266,14 +290,15 @@ impl Ledger {
         for (id, entry) in &mut self.entries {
             entry.is_unknown = entry.is_live() && !readable.contains_key(id);
             // The server may be told that it cannot come, and a power cut may bring the file back.
-            entry.was_excused |= entry.is_unknown && self.is_damaged;
+            entry.was_excused |= entry.is_unknown && entry.is_hit;
         }
         if !is_settled {
             return self.found(readable, false);
         }
         self.settled(readable)?;
         // It has read everything.
-        self.is_damaged = false;
+        (self.is_damaged, self.is_open_hit) = (false, false);
+        self.entries.values_mut().for_each(|entry| entry.is_hit = false);
         Ok(())
     }
 
@@ -311,9 +336,9 @@ impl Ledger {
                 entry.gone = true;
             } else if entry.acked {
                 // Or it was lost before that, and the server has a gap.
-                entry.may_lack(self.is_damaged, self.gave_way);
+                entry.may_lack(self.gave_way);
             } else if entry.is_kept() {
-                if self.is_damaged {
+                if entry.is_hit {
                     entry.leave(Excuse::Damaged);
                 } else if self.gave_way > 0 {
                     entry.leave(Excuse::GaveWay);
@@ -339,7 +364,7 @@ impl Ledger {
             let entry =
                 self.entries.get_mut(id).ok_or_else(|| format!("nobody made record {id} at {place:?}"))?;
             // What was damaged may be whole again after a power cut.
-            if entry.gone && !self.is_set_back && !self.was_damaged {
+            if entry.gone && !self.is_set_back && !entry.was_hit {
                 return Err(format!("record {id} at {place:?} is back, which was lost before it was synced"));
             }
             // A file whose removal did not come to disk comes back, and so may what an older state had not synced.
@@ -364,7 +389,8 @@ impl Ledger {
 
     /// What a copy of the spool's files surely holds.
     pub fn snapshot(&self) -> Snapshot {
-        let live = self.entries.iter().filter(|(_, entry)| entry.is_live() && entry.promised);
+        let live =
+            self.entries.iter().filter(|(_, entry)| entry.is_live() && entry.promised && !entry.is_hit);
         live.map(|(id, entry)| (*id, entry.place())).collect()
     }
 

@@ -28,18 +28,18 @@ pub fn describe(memory: &Memory) -> String {
 /// The records that a power cut would surely leave, by their identity.
 pub fn durable(memory: &Memory) -> BTreeSet<u64> {
     let memory = memory.durable();
-    let mut durable = BTreeSet::new();
-    for name in memory.names() {
-        let bytes = content(&memory, &name);
-        if let Ok(header) = Header::decode(&bytes) {
-            for (_, frame) in frames(&bytes[HEADER..], header.first_seq) {
-                if let Frame::Record(bytes) = frame {
-                    durable.extend(Record::from_bytes(bytes).map(|record| record.boot_ns));
-                }
-            }
-        }
-    }
-    durable
+    memory.names().iter().flat_map(|name| records(&memory, name)).collect()
+}
+
+/// The records of one file, by their identity.
+pub fn records(memory: &Memory, name: &str) -> BTreeSet<u64> {
+    let bytes = content(memory, name);
+    let Ok(header) = Header::decode(&bytes) else { return BTreeSet::new() };
+    let records = frames(&bytes[HEADER..], header.first_seq).filter_map(|(_, frame)| match frame {
+        Frame::Record(bytes) => Some(Record::from_bytes(bytes).ok()?.boot_ns),
+        Frame::Hole(_) => None,
+    });
+    records.collect()
 }
 
 fn content(memory: &Memory, name: &str) -> Vec<u8> {

@@ -909,8 +909,8 @@ impl World {
         let pc = &mut self.pcs[at];
         let Some(name) = self.rng.choice(pc.memory.names()) else { return false };
         let rng = &mut self.rng;
-        (pc.ledger.is_damaged, pc.ledger.was_damaged) = (true, true);
-        pc.ledger.is_disturbed = true;
+        let is_newest = pc.memory.names().iter().filter(|name| name.ends_with(".seg")).max() == Some(&name);
+        pc.ledger.hit(&machine::records(&pc.memory, &name), is_newest);
         pc.memory.damage(&name, |bytes| match rng.u8(..4) {
             _ if bytes.is_empty() => {}
             // A file that ends behind a whole record looks like one that was set back.

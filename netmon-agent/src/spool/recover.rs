@@ -338,8 +338,9 @@ fn push(found: &mut Vec<Found>, new: Found) {
         if before.segment.epoch == epoch && before.segment.end() > first_seq {
             before.cut(first_seq);
         }
-        if (before.segment.epoch, before.segment.end()) == (epoch, first_seq) && before.rest == 0 {
-            // It was synced before this one began.
+        let is_next = new.header.number == before.header.number + 1;
+        if is_next && (before.segment.epoch, before.segment.end()) == (epoch, first_seq) && before.rest == 0 {
+            // It was synced before this one began. One between them, which is not there any more, would have told that.
             before.whole = None;
         }
     }
