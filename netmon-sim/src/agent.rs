@@ -357,6 +357,8 @@ impl SimAgent {
                 if !ledger.is_set_back && !ledger.entries.values().any(|entry| entry.was_excused) {
                     return Err(Hangup::Broken("the server knows records that the spool never had".into()));
                 }
+                // Until the run file says so, another start begins one more.
+                ledger.disturb();
                 self.begin_epoch(epoch, ledger)?;
                 Ok(Some(News::BeganEpoch))
             }

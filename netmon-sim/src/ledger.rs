@@ -133,6 +133,8 @@ pub struct Ledger {
     forgotten: u64,
     /// Something happened after which a history may begin anew.
     pub is_disturbed: bool,
+    /// So it did once.
+    pub was_disturbed: bool,
     /// Records of this run that the spool refused, and those that it reported.
     refused: u64,
     reported: u64,
@@ -180,7 +182,8 @@ impl Ledger {
 
     /// A file with these records was damaged. `is_open`: what comes next may be written behind them.
     pub fn hit(&mut self, records: &BTreeSet<u64>, is_open: bool) {
-        (self.is_damaged, self.was_damaged, self.is_disturbed) = (true, true, true);
+        (self.is_damaged, self.was_damaged) = (true, true);
+        self.disturb();
         self.is_open_hit |= is_open;
         for (id, entry) in &mut self.entries {
             if records.contains(id) || is_open && entry.is_live() && !entry.promised {
@@ -192,6 +195,16 @@ impl Ledger {
     /// Does this record stand in a file that was damaged?
     pub fn is_hit(&self, id: u64) -> bool {
         self.entries.get(&id).is_some_and(|entry| entry.is_hit)
+    }
+
+    /// Something happened after which a history may begin anew.
+    pub fn disturb(&mut self) {
+        (self.is_disturbed, self.was_disturbed) = (true, true);
+    }
+
+    /// A start found everything in order.
+    pub fn is_calm_again(&mut self) {
+        self.is_disturbed = false;
     }
 
     /// The spool refused an event.
@@ -397,7 +410,7 @@ impl Ledger {
     /// The store was set back to a state in which it holds these.
     pub fn store_set_back(&mut self, held: &BTreeSet<u64>) {
         self.is_store_set_back = true;
-        self.is_disturbed = true;
+        self.disturb();
         for (id, entry) in &mut self.entries {
             if entry.acked && !held.contains(id) {
                 // A spool that was set back does not know either that it was there.
@@ -412,7 +425,7 @@ impl Ledger {
     pub fn set_back(&mut self, to: &Snapshot, excuse: Excuse) {
         let is_set_back = excuse == Excuse::SpoolSetBack;
         self.is_set_back |= is_set_back;
-        self.is_disturbed = true;
+        self.disturb();
         self.is_unsettled = false;
         let held: BTreeMap<u64, Place> = to.iter().copied().collect();
         for (id, entry) in &mut self.entries {

@@ -115,7 +115,7 @@ pub fn verify(
             }
         }
     }
-    if !history.restarts.is_empty() && !ledger.is_disturbed {
+    if !history.restarts.is_empty() && !ledger.was_disturbed {
         return Err("another history begins without a reason".into());
     }
     if history.is_noticed && !ledger.is_store_set_back {

@@ -727,6 +727,9 @@ impl World {
             agent.record(to_wall_ns, Event::Gap(gap), &mut pc.ledger)?;
         }
         pc.agent = Some(agent);
+        if !pc.ledger.is_unsettled() && !pc.trouble {
+            pc.ledger.is_calm_again();
+        }
         self.note(|| format!("     {recovered:?}"));
         Ok(())
     }
@@ -765,6 +768,7 @@ impl World {
                 let power = self.pcs[at].loses_power;
                 self.note(|| format!("     pc {at} died in a call; power cut: {power}"));
                 self.tally.event("deaths of an agent in a call", 1);
+                self.pcs[at].ledger.disturb();
                 self.agent_dies(at, power);
             }
         }
@@ -780,7 +784,9 @@ impl World {
     fn agent_dies(&mut self, at: usize, power: bool) {
         self.agent_hangs_up(at);
         let pc = &mut self.pcs[at];
-        pc.ledger.is_disturbed = true;
+        if power {
+            pc.ledger.disturb();
+        }
         if let Some(agent) = pc.agent.take() {
             agent.die(&mut pc.ledger);
         }
@@ -877,6 +883,7 @@ impl World {
         let machine = agent.machine.clone();
         agent.close(&mut pc.ledger)?;
         if machine.is_dead() {
+            pc.ledger.disturb();
             let power = pc.loses_power;
             self.agent_dies(at, power);
         }
@@ -897,7 +904,7 @@ impl World {
     fn harm_spool_disk(&mut self, at: usize, fault: Fault) {
         let pc = &mut self.pcs[at];
         pc.trouble = true;
-        pc.ledger.is_disturbed = true;
+        pc.ledger.disturb();
         match fault {
             Fault::SpoolError => pc.memory.fail_after(Some(self.rng.u64(..8))),
             Fault::SpoolReadOnly => pc.memory.set_read_only(true),
