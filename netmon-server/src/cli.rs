@@ -59,6 +59,15 @@ pub enum Command {
     ///
     /// The token is shown once: the server keeps a hash of it. Works while the server runs.
     Token(Token),
+    /// List the tokens that were made, or withdraw one
+    ///
+    /// A token that got into the wrong hands enrols whoever shows it, until it has expired or is used up. One that is
+    /// withdrawn enrols nobody any more; who has enrolled with it stays: see `revoke`. Works while the server runs.
+    Tokens {
+        /// Withdraw the token with this ID
+        #[arg(long, value_name = "ID", value_parser = tokens::id)]
+        withdraw: Option<[u8; 8]>,
+    },
     /// List the agents: connected or last seen, newest record, backlog, gaps
     ///
     /// STATE: MISSING is a PC that was not heard for eleven seconds, though it says every four that it watches.
@@ -87,8 +96,8 @@ pub enum Command {
     ///
     /// Every item of a history is chained to the one before, and once a minute the server signs how long each history is
     /// and where its chain ends; an export is signed at its end as well, with the label of the seat. Exit status 1 when
-    /// what is signed was changed, removed, added or cut off, or when the server itself noticed that its store was set back
-    /// or its signatures are strange. In the store, what came after the newest signature is chained, and not signed yet:
+    /// what is signed was changed, removed, added or cut off, or when the server itself noticed that its store was set
+    /// back. In the store, what came after the newest signature is chained, and not signed yet:
     /// the verdict says how many items are.
     Verify(Verify),
     /// Write a PC's history to stdout, signed at its end, with all that `verify --file` needs on another machine

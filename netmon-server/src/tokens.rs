@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use jiff::tz::TimeZone;
 use jiff::{SpanRelativeTo, Unit};
-use netmon_common::enroll::{self, Hex, Token};
+use netmon_common::enroll::{self, Hex, Token, unhex};
 use netmon_common::logline;
 use sha2::{Digest as _, Sha256};
 
@@ -125,6 +125,14 @@ pub fn address(text: &str) -> Result<String, String> {
         return Err("expected HOST or HOST:PORT, for example 192.0.2.7 or server.lab.example:7444".into());
     }
     Ok(format!("{host}:{port}"))
+}
+
+/// The ID of a token on the command line: 16 hexadecimal digits.
+///
+/// # Errors
+/// Says what is expected.
+pub fn id(text: &str) -> Result<[u8; 8], String> {
+    unhex(text).ok_or_else(|| "expected the 16 digits of the column ID of `netmon-server tokens`".to_owned())
 }
 
 /// A time to live such as `24h`, `30m`, `7d`, in nanoseconds.

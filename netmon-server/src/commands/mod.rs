@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use jiff::tz::TimeZone;
+use netmon_common::enroll::Hex;
 use netmon_common::logline;
 use netmon_common::raw::Escaped;
 use serde_json::json;
@@ -28,6 +29,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Init { if_needed } => init(&data, *if_needed),
         Command::Run(run) => serve::run(&data, run.listen, run.enroll_listen),
         Command::Token(options) => token(&data, options),
+        Command::Tokens { withdraw: None } => list_tokens(&data),
+        Command::Tokens { withdraw: Some(id) } => withdraw_token(&data, id),
         Command::Agents { json } => agents(&data, *json),
         Command::Revoke { seat } => revoke(&data, seat),
         Command::Log(options) => log::log(&data, options),
@@ -66,6 +69,38 @@ fn token(data: &DataDir, options: &Token) -> anyhow::Result<()> {
     eprintln!("Enrols {pcs}, until {until}. On the PC:");
     // Quoted: the brackets of an IPv6 address are a pattern to the shell.
     print(&format!("echo '{token}' | sudo netmon-agent enroll --token-file -\n"))
+}
+
+fn list_tokens(data: &DataDir) -> anyhow::Result<()> {
+    let store = open(data)?;
+    let tokens = store::tokens(store.conn()).with_context(|| read_failed(data))?;
+    if tokens.is_empty() {
+        return print("no tokens; `netmon-server token --address HOST` makes one\n");
+    }
+    let (now_ns, zone) = (clock::wall_ns(), TimeZone::system());
+    let mut rows = vec![["ID", "STATE", "USED", "MADE"].map(str::to_owned)];
+    rows.extend(tokens.iter().map(|token| {
+        let expires = logline::time(token.expires_ns, &zone);
+        let state = match token {
+            _ if token.expires_ns <= now_ns => format!("expired {expires}"),
+            _ if token.uses_left == 0 => "used up".to_owned(),
+            _ => format!("valid until {expires}"),
+        };
+        let used = format!("{} of {}", token.uses - token.uses_left.min(token.uses), token.uses);
+        [Hex(&token.id).to_string(), state, used, logline::time(token.created_ns, &zone).to_string()]
+    }));
+    print(&table(&rows))
+}
+
+fn withdraw_token(data: &DataDir, id: &[u8; 8]) -> anyhow::Result<()> {
+    let mut store = open(data)?;
+    let now_ns = clock::wall_ns();
+    let changed =
+        store.write(|tx| store::withdraw_token(tx, id, now_ns)).with_context(|| write_failed(data))?;
+    if !changed {
+        bail!("no valid token has the ID {}; `netmon-server tokens` lists them", Hex(id));
+    }
+    print(&format!("token {} enrols nobody any more\n", Hex(id)))
 }
 
 fn agents(data: &DataDir, as_json: bool) -> anyhow::Result<()> {

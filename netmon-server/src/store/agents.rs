@@ -196,17 +196,37 @@ fn token(conn: &Connection, id: &[u8; 8]) -> rusqlite::Result<Option<StoredToken
     conn.prepare_cached(
         "SELECT id, secret_sha256, created_ns, expires_ns, uses, uses_left FROM tokens WHERE id = ?1",
     )?
-    .query_row([id.as_slice()], |row| {
-        Ok(StoredToken {
-            id: row.get(0)?,
-            secret_sha256: row.get(1)?,
-            created_ns: row.get(2)?,
-            expires_ns: row.get(3)?,
-            uses: row.get(4)?,
-            uses_left: row.get(5)?,
-        })
-    })
+    .query_row([id.as_slice()], stored_token)
     .optional()
+}
+
+fn stored_token(row: &Row<'_>) -> rusqlite::Result<StoredToken> {
+    Ok(StoredToken {
+        id: row.get(0)?,
+        secret_sha256: row.get(1)?,
+        created_ns: row.get(2)?,
+        expires_ns: row.get(3)?,
+        uses: row.get(4)?,
+        uses_left: row.get(5)?,
+    })
+}
+
+/// All tokens that are kept, the newest first.
+pub fn tokens(conn: &Connection) -> rusqlite::Result<Vec<StoredToken>> {
+    conn.prepare_cached(
+        "SELECT id, secret_sha256, created_ns, expires_ns, uses, uses_left FROM tokens ORDER BY created_ns DESC, id",
+    )?
+    .query_map([], stored_token)?
+    .collect()
+}
+
+/// A token expires now; false: there is none of this ID that is still valid.
+pub fn withdraw_token(conn: &Connection, id: &[u8; 8], now_ns: i64) -> rusqlite::Result<bool> {
+    let changed = conn.execute(
+        "UPDATE tokens SET expires_ns = ?2 WHERE id = ?1 AND expires_ns > ?2",
+        params![id, now_ns],
+    )?;
+    Ok(changed > 0)
 }
 
 fn agent(row: &Row<'_>) -> rusqlite::Result<Agent> {

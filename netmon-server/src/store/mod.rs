@@ -19,8 +19,8 @@ use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 pub use agents::{
     Agent, AgentId, AgentSummary, Enrolled, Newcomer, add_set_back, add_token, agent_by_ended_key,
     agent_by_id, agent_by_key, connected, disconnected, enrol, find_seat, forget_connections, introduced,
-    is_allowed, quarantine, renew, revoke, revoked_agents, revoked_connections, summaries, used_key,
-    was_introduced,
+    is_allowed, quarantine, renew, revoke, revoked_agents, revoked_connections, summaries, tokens, used_key,
+    was_introduced, withdraw_token,
 };
 pub use events::{
     BatchOutcome, Item, SeatLog, What, append, first_of_last, is_open, items_from, newest_before, open_epoch,

@@ -21,6 +21,31 @@ async fn a_token_enrols_one_pc_and_then_no_other() {
 }
 
 #[tokio::test]
+async fn a_token_that_was_withdrawn_enrols_nobody_any_more() {
+    let data = tempfile::tempdir().unwrap();
+    success(data.path(), &["init"]);
+    let server = Server::start(data.path());
+    assert!(success(data.path(), &["tokens"]).starts_with("no tokens; "));
+    let [withdrawn, other] =
+        [["--uses", "3"], ["--uses", "2"]].map(|uses| token(data.path(), &server, &uses));
+    Agent::enrol(&withdrawn, "pc").await.unwrap();
+    let listed = success(data.path(), &["tokens"]);
+    assert!(!listed.contains(&withdrawn), "the secret is nowhere");
+    let line = listed.lines().find(|line| line.contains("1 of 3")).unwrap();
+    assert!(line.contains("  valid until 20"), "{line}");
+    let id = line.split_whitespace().next().unwrap();
+    let said = success(data.path(), &["tokens", "--withdraw", id]);
+    assert_eq!(said, format!("token {id} enrols nobody any more\n"));
+    let refused = Agent::enrol(&withdrawn, "stranger").await.err().unwrap();
+    assert!(refused.contains(&format!("token {id} expired at 20")), "{refused}");
+    Agent::enrol(&other, "another").await.unwrap();
+    let again = run(data.path(), &["tokens", "--withdraw", id]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(stderr(&again).contains("no valid token has the ID"), "{}", stderr(&again));
+    assert!(success(data.path(), &["tokens"]).contains("expired 20"));
+}
+
+#[tokio::test]
 async fn a_token_for_many_enrols_many_under_labels_of_their_own() {
     let data = initialised();
     let server = Server::start(data.path());
