@@ -89,6 +89,16 @@ impl RecordHead {
         let (head, _) = postcard::take_from_bytes::<Self>(bytes).ok()?;
         (bytes.len() <= MAX_RECORD && head.kind >= Event::KINDS).then_some(head)
     }
+
+    /// The bytes of such a record under another number; `None`: it is none such.
+    pub fn renumbered(bytes: &[u8], seq: u64) -> Option<Vec<u8>> {
+        Self::of_newer(bytes)?;
+        // The number stands first.
+        let (_, rest) = postcard::take_from_bytes::<u64>(bytes).ok()?;
+        let mut renumbered = postcard::to_stdvec(&seq).ok()?;
+        renumbered.extend_from_slice(rest);
+        (renumbered.len() <= MAX_RECORD).then_some(renumbered)
+    }
 }
 
 impl Event {
@@ -531,6 +541,15 @@ mod tests {
         newer[kind] += 1;
         assert!(Record::from_bytes(&newer).is_err());
         assert_eq!(RecordHead::of_newer(&newer).unwrap().seq, u64::MAX);
+        let renumbered = RecordHead::renumbered(&newer, 5).unwrap();
+        let head = RecordHead::of_newer(&newer).unwrap();
+        assert_eq!(RecordHead::of_newer(&renumbered), Some(RecordHead { seq: 5, ..head }));
+        assert_eq!(
+            renumbered[1..],
+            newer[newer.len() - renumbered.len() + 1..],
+            "all behind the number is as it was"
+        );
+        assert_eq!(RecordHead::renumbered(&known, 5), None);
         assert_eq!(RecordHead::of_newer(&newer[..kind]), None);
         assert_eq!(RecordHead::of_newer(&known[..known.len() - 1]), None);
     }

@@ -153,7 +153,7 @@ pub struct Checkpoint {
 /// Who calls, and with which history.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
-    /// [`VERSION`] of the agent.
+    /// 1: later versions open epochs with [`Open`].
     pub version: u16,
     /// The agent's version, for people.
     pub agent_version: Raw,
@@ -208,7 +208,7 @@ impl Item {
 pub enum ToAgent {
     /// Answer to the hello: go on from this record.
     Welcome {
-        /// [`VERSION`] of the server.
+        /// 1: what the handshake agreed upon.
         version: u16,
         /// The record that the server expects next in this epoch.
         next_seq: u64,

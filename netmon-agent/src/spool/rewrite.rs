@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
-use netmon_common::model::{Event, Phase, Record};
+use netmon_common::model::{Event, Phase, Record, RecordHead};
 
 use super::files::{Disk, Files, read_at_most, replace};
 use super::format::{Frame, HEADER, Header, frames, push_frame, push_hole};
@@ -149,10 +149,11 @@ impl<F: Files> RewriteTicket<F> {
                 record.seq = seq;
                 record.to_bytes().map_err(|_| record.wall_ns)
             }
-            (Change::Renumber { .. }, Err(error)) => {
+            // Of a newer agent, which ran here before: the server keeps it.
+            (Change::Renumber { .. }, Err(error)) => RecordHead::renumbered(bytes, seq).ok_or_else(|| {
                 tracing::error!(%error, "a spooled record does not decode");
-                Err(self.segment.walls().1)
-            }
+                self.segment.walls().1
+            }),
             (Change::Thin | Change::Repair, _) => Ok(bytes.to_vec()),
         }
     }
