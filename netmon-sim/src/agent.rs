@@ -359,6 +359,7 @@ impl SimAgent {
                 }
                 // Until the run file says so, another start begins one more.
                 ledger.disturb();
+                ledger.has_left = true;
                 self.begin_epoch(epoch, ledger)?;
                 Ok(Some(News::BeganEpoch))
             }

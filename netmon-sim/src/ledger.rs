@@ -135,6 +135,8 @@ pub struct Ledger {
     pub is_disturbed: bool,
     /// So it did once.
     pub was_disturbed: bool,
+    /// Records got other numbers, because the server had others there, or had given them up.
+    pub has_left: bool,
     /// Records of this run that the spool refused, and those that it reported.
     refused: u64,
     reported: u64,

@@ -130,6 +130,10 @@ impl Server {
 
     /// An agent calls. False: it is not let in now.
     pub fn accept(&mut self, link: u64, pc: usize, id: AgentId, version: u16) -> bool {
+        // The collector looks an agent up in a step of the writer's, which opens the store again.
+        if self.committer.commit([|_: &rusqlite::Connection| Ok(())]).is_err() {
+            return false;
+        }
         let Some(store) = self.committer.store() else { return false };
         let Ok(Some(agent)) = store::agent_by_id(store.conn(), id) else { return false };
         self.connections += 1;

@@ -274,7 +274,9 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
         let name = segment_name(number);
         let bytes = read_all(files, &name).map_err(|source| failed(&name, source))?;
         match Header::decode(&bytes) {
-            Ok(header) if header.number == number => push(&mut found, examine(header, bytes)),
+            Ok(header) if header.number == number && may_follow(&found, &header) => {
+                push(&mut found, examine(header, bytes));
+            }
             Err(HeaderError::Newer(version)) => {
                 tracing::warn!(segment = name, version, "spool segment of a newer agent is left alone");
                 recovered.newer_segments += 1;
@@ -320,6 +322,19 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
     Ok(Survey { recovered, segments, next_number, position, run_file_due, leftovers: useless })
 }
 
+/// May a segment of ours stand behind the others? No run records in an epoch again that another one followed, nor under
+/// numbers again behind which the spool went on.
+fn may_follow(found: &[Found], header: &Header) -> bool {
+    let Header { epoch, first_seq, .. } = *header;
+    let mut filled = found.iter().rev().filter(|found| found.segment.span > 0).peekable();
+    while let Some(before) = filled.next_if(|found| found.segment.epoch == epoch) {
+        if before.segment.end() > first_seq && before.whole.is_none() {
+            return false;
+        }
+    }
+    !filled.any(|found| found.segment.epoch == epoch)
+}
+
 fn examine(header: Header, mut bytes: Vec<u8>) -> Found {
     let (segment, newest) = Segment::examine(&header, &bytes[HEADER..]);
     let rest = bytes.len() as u64 - segment.bytes;
@@ -331,13 +346,17 @@ fn examine(header: Header, mut bytes: Vec<u8>) -> Found {
 /// there: what is seen of it there counts for nothing, or it would be taken for synced as soon as this one is gone.
 fn push(found: &mut Vec<Found>, new: Found) {
     let Segment { epoch, first_seq, span, .. } = new.segment;
+    if span > 0 {
+        let same = found
+            .iter_mut()
+            .rev()
+            .take_while(|found| found.segment.span == 0 || found.segment.epoch == epoch);
+        same.filter(|found| found.segment.end() > first_seq).for_each(|found| found.cut(first_seq));
+    }
     let before = found.iter_mut().rev().find(|found| found.segment.span > 0);
     if span > 0
         && let Some(before) = before
     {
-        if before.segment.epoch == epoch && before.segment.end() > first_seq {
-            before.cut(first_seq);
-        }
         let is_next = new.header.number == before.header.number + 1;
         if is_next && (before.segment.epoch, before.segment.end()) == (epoch, first_seq) && before.rest == 0 {
             // It was synced before this one began. One between them, which is not there any more, would have told that.
