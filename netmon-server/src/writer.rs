@@ -145,8 +145,10 @@ impl Committer {
     {
         let result = self.try_commit(steps);
         if result.is_err() {
-            // After a failed sync the kernel may have dropped what it did not write: see `Store::settle`.
-            self.store = None;
+            // After a failed sync the kernel may have dropped what it did not write: see `Store::settled`.
+            if let Some(store) = self.store.take() {
+                store.abandon();
+            }
         }
         result
     }

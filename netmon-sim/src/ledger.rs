@@ -103,8 +103,20 @@ impl Entry {
 /// The spool's records at one moment, by their identity.
 pub type Readable = BTreeMap<u64, Place>;
 
-/// Which records an older state of the spool holds.
-pub type Snapshot = Vec<(u64, Place)>;
+/// What was known of the spool's files at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Which records they hold.
+    held: BTreeMap<u64, Held>,
+    is_unsettled: bool,
+    gave_way: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    place: Place,
+    is_unknown: bool,
+}
 
 /// What an agent promised. A record's identity is its boot time: in a simulation no two have the same.
 #[derive(Clone, Debug, Default)]
@@ -402,11 +414,16 @@ impl Ledger {
         Ok(())
     }
 
-    /// What a copy of the spool's files surely holds.
+    /// What a copy of the spool's files holds, as far as that is known now.
     pub fn snapshot(&self) -> Snapshot {
         let live =
             self.entries.iter().filter(|(_, entry)| entry.is_live() && entry.promised && !entry.is_hit);
-        live.map(|(id, entry)| (*id, entry.place())).collect()
+        let held = |entry: &Entry| Held { place: entry.place(), is_unknown: entry.is_unknown };
+        Snapshot {
+            held: live.map(|(id, entry)| (*id, held(entry))).collect(),
+            is_unsettled: self.is_unsettled,
+            gave_way: self.gave_way,
+        }
     }
 
     /// The store was set back to a state in which it holds these.
@@ -428,12 +445,11 @@ impl Ledger {
         let is_set_back = excuse == Excuse::SpoolSetBack;
         self.is_set_back |= is_set_back;
         self.disturb();
-        self.is_unsettled = false;
-        let held: BTreeMap<u64, Place> = to.iter().copied().collect();
+        (self.is_unsettled, self.gave_way, self.forgotten) = (to.is_unsettled, to.gave_way, 0);
         for (id, entry) in &mut self.entries {
-            match held.get(id) {
-                Some(place) => {
-                    (entry.gone, entry.left, entry.is_unknown) = (false, false, false);
+            match to.held.get(id) {
+                Some(Held { place, is_unknown }) => {
+                    (entry.gone, entry.left, entry.is_unknown) = (false, false, *is_unknown);
                     if entry.place() != *place {
                         entry.places.push(*place);
                     }

@@ -841,7 +841,7 @@ impl World {
                 let pc = &mut self.pcs[at];
                 pc.memory = Memory::default();
                 pc.trouble = false;
-                pc.ledger.set_back(&Snapshot::new(), Excuse::Deleted);
+                pc.ledger.set_back(&Snapshot::default(), Excuse::Deleted);
                 true
             }
             Fault::SpoolSetBack => self.set_spool_back(at),

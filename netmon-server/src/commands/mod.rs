@@ -52,7 +52,7 @@ fn init(data: &DataDir, if_needed: bool) -> anyhow::Result<()> {
 }
 
 fn token(data: &DataDir, options: &Token) -> anyhow::Result<()> {
-    let mut store = open(data)?;
+    let mut store = open_to_write(data)?;
     let ca_spki_sha256 = data.ca()?.spki_sha256();
     let mut random = [0; 40];
     getrandom::fill(&mut random).map_err(|error| anyhow::anyhow!("no random numbers: {error}"))?;
@@ -93,7 +93,7 @@ fn list_tokens(data: &DataDir) -> anyhow::Result<()> {
 }
 
 fn withdraw_token(data: &DataDir, id: &[u8; 8]) -> anyhow::Result<()> {
-    let mut store = open(data)?;
+    let mut store = open_to_write(data)?;
     let now_ns = clock::wall_ns();
     let changed =
         store.write(|tx| store::withdraw_token(tx, id, now_ns)).with_context(|| write_failed(data))?;
@@ -197,7 +197,7 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 }
 
 fn revoke(data: &DataDir, name: &str) -> anyhow::Result<()> {
-    let mut store = open(data)?;
+    let mut store = open_to_write(data)?;
     let agent = find(data, &store, name)?;
     let now_ns = clock::wall_ns();
     let changed =
@@ -216,6 +216,11 @@ fn revoke(data: &DataDir, name: &str) -> anyhow::Result<()> {
 fn open(data: &DataDir) -> anyhow::Result<Store> {
     data.check_initialised()?;
     Ok(Store::open(&data.store())?)
+}
+
+fn open_to_write(data: &DataDir) -> anyhow::Result<Store> {
+    data.check_initialised()?;
+    Ok(Store::open_to_write(&data.store())?)
 }
 
 /// The one agent that `name` means.

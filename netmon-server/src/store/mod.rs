@@ -14,6 +14,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
 pub use agents::{
@@ -129,11 +130,13 @@ impl Store {
             tx.pragma_update(None, "application_id", APPLICATION_ID).map_err(open_error)?;
             tx.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(open_error)?;
             tx.commit().map_err(open_error)?;
+            // There is nothing in its log but this.
+            set_checkpoints(&conn, true).map_err(open_error)?;
         }
         Self::checked(conn, path)
     }
 
-    /// Opens an existing store.
+    /// Opens an existing store, to read: this connection does not bring its log into the file, also not at its end.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -158,7 +161,8 @@ impl Store {
         Self::open(path)?.settled(path, || rewrite(&log_of(path)))
     }
 
-    /// Has the write-ahead log written again as it is seen, and synced, by `rewrite`; [`Store::open_to_write`] does.
+    /// Has the write-ahead log written again as it is seen, and synced, by `rewrite`; [`Store::open_to_write`] does. Only
+    /// then may this connection bring it into the file.
     ///
     /// After a failed fsync the system shows what it did not bring to disk, and takes it for brought there: the next
     /// fsync says "done" (also to the next process). SQLite, too, takes such a log for what it seems. What is then added
@@ -176,7 +180,14 @@ impl Store {
         let turn = self.begin().map_err(|source| open_error(path, source))?;
         rewrite().map_err(|source| StoreError::Settle { path: path.into(), source })?;
         turn.rollback().map_err(|source| open_error(path, source))?;
+        set_checkpoints(&self.conn, true).map_err(|source| open_error(path, source))?;
         Ok(self)
+    }
+
+    /// Closes it after a failure, and leaves its log for [`Store::settled`].
+    pub fn abandon(self) {
+        // Where it cannot be set, SQLite brings to the file what was committed, and no more.
+        let _ = set_checkpoints(&self.conn, false);
     }
 
     /// Opens a store of this format, or of the one before, which is brought to this one. Only for the server itself, and
@@ -285,11 +296,21 @@ fn connect(path: &Path, vfs: Option<&str>) -> Result<Connection, StoreError> {
         conn.pragma_update(None, "synchronous", "FULL")?;
         conn.pragma_update(None, "foreign_keys", true)?;
         conn.pragma_update(None, "cache_size", -PAGE_CACHE_KIB)?;
-        conn.pragma_update_and_check(None, "wal_autocheckpoint", CHECKPOINT_PAGES, |_| Ok(()))?;
+        set_checkpoints(&conn, false)?;
         conn.set_prepared_statement_cache_capacity(64);
         Ok(conn)
     };
     connect().map_err(|source| open_error(path, source))
+}
+
+/// Does this connection bring the log into the file, when it is long and when the last connection ends?
+///
+/// From a log that a failed fsync left, SQLite would overwrite the file's pages; after a power cut the log has a hole, and
+/// the file old and new pages.
+fn set_checkpoints(conn: &Connection, on: bool) -> rusqlite::Result<()> {
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, !on)?;
+    let pages = if on { CHECKPOINT_PAGES } else { 0 };
+    conn.pragma_update_and_check(None, "wal_autocheckpoint", pages, |_| Ok(()))
 }
 
 fn open_error(path: &Path, source: rusqlite::Error) -> StoreError {

@@ -100,6 +100,33 @@ fn stored(through: u64, new: usize) -> BatchOutcome {
 }
 
 #[test]
+fn a_log_that_is_not_settled_stays_out_of_the_file() {
+    let Fixture { store, directory } = Fixture::new();
+    let path = directory.path().join("store.sqlite");
+    let files =
+        || (std::fs::read(&path).unwrap(), std::fs::metadata(log_of(&path)).map_or(0, |log| log.len()));
+    add_token(store.conn(), &tokens::make("a:1".into(), [0; 32], &[5; 40], 1, HOUR, 0).1).unwrap();
+    store.abandon();
+    let left = files();
+    assert!(left.1 > 0, "the token is in the log");
+
+    let reader = Store::open(&path).unwrap();
+    assert_eq!(tokens(reader.conn()).unwrap().len(), 1);
+    drop(reader);
+    assert_eq!(files(), left);
+
+    let failed = Store::open(&path).unwrap().settled(&path, || Err(std::io::Error::other("sync")));
+    assert!(matches!(failed, Err(StoreError::Settle { .. })), "{failed:?}");
+    assert_eq!(files(), left);
+
+    drop(Store::open_to_write(&path).unwrap());
+    let (file, log) = files();
+    assert_eq!(log, 0, "what is settled goes into the file with the last connection");
+    assert_ne!(file, left.0);
+    assert_eq!(tokens(Store::open(&path).unwrap().conn()).unwrap().len(), 1);
+}
+
+#[test]
 fn a_batch_that_comes_twice_is_stored_once() {
     let room = Fixture::new();
     let agent = room.agent("pc");
