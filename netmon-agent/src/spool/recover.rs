@@ -114,12 +114,13 @@ pub(super) fn segment_name(number: u64) -> String {
     format!("{number:010}.seg")
 }
 
-/// Higher numbers are in no name of ours: the next one must fit, too.
-const MAX_NUMBER: u64 = u64::MAX / 2;
+/// Files with more digits get lower numbers at a start: no spool counts that far, and behind the highest number of all
+/// there would be none for the next file.
+const MAX_NUMBER: u64 = 9_999_999_999;
 
 fn segment_number(name: &str) -> Option<u64> {
     let number = name.strip_suffix(".seg")?.parse().ok()?;
-    (number <= MAX_NUMBER && segment_name(number) == name).then_some(number)
+    (segment_name(number) == name).then_some(number)
 }
 
 impl Spool<Disk> {
@@ -259,7 +260,7 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
     let mut numbers: Vec<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
     // Beyond ten digits, names sort in another order.
     numbers.sort_unstable();
-    let next_number = numbers.iter().max().map_or(1, |newest| newest + 1);
+    let mut newest_number = numbers.iter().copied().filter(|number| *number <= MAX_NUMBER).max().unwrap_or(0);
 
     let run_file: Option<RunFile> = if names.iter().any(|name| name == RUN_FILE) {
         let bytes = read_all(files, RUN_FILE).map_err(|source| failed(RUN_FILE, source))?;
@@ -270,11 +271,18 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
     };
 
     let mut found: Vec<Found> = Vec::new();
-    for number in numbers {
+    for number in numbers.iter().copied() {
         let name = segment_name(number);
-        let bytes = read_all(files, &name).map_err(|source| failed(&name, source))?;
+        let mut bytes = read_all(files, &name).map_err(|source| failed(&name, source))?;
         match Header::decode(&bytes) {
-            Ok(header) if header.number == number && may_follow(&found, &header) => {
+            Ok(mut header) if header.number == number && may_follow(&found, &header) => {
+                if number > MAX_NUMBER {
+                    // Not the next one: what was between the two files is not known.
+                    header.number = free_number(newest_number + 2, &numbers).min(number);
+                    move_segment(files, number, &header, &mut bytes)
+                        .map_err(|source| failed(&name, source))?;
+                    newest_number = header.number;
+                }
                 push(&mut found, examine(header, bytes));
             }
             Err(HeaderError::Newer(version)) => {
@@ -319,7 +327,26 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
     recovered.last_boot_ns = newest.map(|record| record.boot_ns);
 
     let segments: VecDeque<Segment> = found.into_iter().map(|found| found.segment).collect();
+    let next_number = free_number(newest_number + 1, &numbers);
     Ok(Survey { recovered, segments, next_number, position, run_file_due, leftovers: useless })
+}
+
+/// The first one from here on that is not in use.
+fn free_number(from: u64, taken: &[u64]) -> u64 {
+    (from..=u64::MAX).find(|number| taken.binary_search(number).is_err()).unwrap_or(u64::MAX)
+}
+
+/// Gives the segment `number` the number in `header`. A crash leaves it under either, or under both, one behind the other:
+/// then the next start takes the records of one of them.
+fn move_segment<F: Files>(files: &F, number: u64, header: &Header, bytes: &mut [u8]) -> io::Result<()> {
+    if header.number == number {
+        return Ok(());
+    }
+    bytes[..HEADER].copy_from_slice(&header.encode());
+    replace(files, &segment_name(header.number), bytes)?;
+    files.sync_directory()?;
+    remove_if_there(files, &segment_name(number))?;
+    files.sync_directory()
 }
 
 /// May a segment of ours stand behind the others? No run records in an epoch again that another one followed, nor under

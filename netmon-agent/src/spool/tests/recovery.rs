@@ -1,6 +1,9 @@
 //! Directories that are missing, full, or cannot be written for a while; and new epochs.
 
 use super::*;
+use crate::spool::files::Files;
+use crate::spool::format::{HEADER, Header};
+use crate::spool::recover::{RUN_FILE, segment_name};
 
 fn filled(memory: &Memory, records: u64) -> Spool<Memory> {
     let (mut spool, _) = open(memory, SMALL);
@@ -9,6 +12,70 @@ fn filled(memory: &Memory, records: u64) -> Spool<Memory> {
         spool.sync().unwrap();
     }
     spool
+}
+
+/// Segments of two epochs, some of them with numbers that nobody counts to.
+fn with_high_numbers(numbers: &[u64]) -> (Memory, Vec<(u64, u64, Event)>) {
+    let memory = Memory::default();
+    let mut expected = Vec::new();
+    for part in 0..2 {
+        let (mut spool, _) = open(&memory, SMALL);
+        for n in 0..60 {
+            append(&mut spool, part * 60 + n).unwrap();
+            spool.sync().unwrap();
+        }
+        expected = all(&mut spool);
+        drop(spool);
+        memory.remove(RUN_FILE).unwrap();
+    }
+    let names = segments(&memory);
+    assert!(names.len() >= numbers.len());
+    for (name, number) in names.iter().rev().zip(numbers.iter().rev()) {
+        memory.damage(name, |bytes| {
+            let header = Header { number: *number, ..Header::decode(bytes).unwrap() };
+            bytes[..HEADER].copy_from_slice(&header.encode());
+        });
+        memory.rename(name, &segment_name(*number)).unwrap();
+    }
+    (memory.image(), expected)
+}
+
+#[test]
+fn a_file_with_the_highest_number_of_all_is_not_the_end() {
+    const LAST: u64 = u64::MAX;
+    const TEN_DIGITS: u64 = 9_999_999_999;
+    for numbers in [
+        &[LAST][..],
+        &[LAST - 2, LAST - 1, LAST],
+        &[LAST / 2, LAST / 2 + 1],
+        &[TEN_DIGITS, TEN_DIGITS + 1, TEN_DIGITS + 2, TEN_DIGITS + 4, LAST],
+    ] {
+        let (image, expected) = with_high_numbers(numbers);
+        // Crashes at every call.
+        let mut calls = 0;
+        loop {
+            let memory = image.image();
+            memory.fail_after(Some(calls));
+            let (spool, recovered) = open(&memory, SMALL);
+            drop(spool);
+            let memory = memory.power_cut(&mut fastrand::Rng::with_seed(calls));
+            let (mut spool, again) = open(&memory, SMALL);
+            assert_eq!((again.damaged_bytes, again.is_incomplete), (0, false), "{numbers:?}, call {calls}");
+            assert_eq!(all(&mut spool), expected, "{numbers:?}, call {calls}");
+            append(&mut spool, 1_000).unwrap();
+            spool.sync().unwrap();
+            drop(spool);
+            let (mut spool, last) = open(&memory, SMALL);
+            assert_eq!((last.damaged_bytes, last.new_epoch), (0, false), "{numbers:?}, call {calls}");
+            assert_eq!(events(&mut spool).last(), Some(&event(1_000)), "{numbers:?}, call {calls}");
+            assert_eq!(all(&mut spool).len(), expected.len() + 1);
+            if !recovered.is_incomplete {
+                break;
+            }
+            calls += 1;
+        }
+        assert!(calls > 10, "{calls} calls");
+    }
 }
 
 #[test]
