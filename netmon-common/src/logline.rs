@@ -8,6 +8,8 @@
 //! transfer, the same in all its lines. Strings from outside are quoted and escaped ([`crate::raw::Escaped`]),
 //! so a line is always one line.
 
+mod usb;
+
 use std::fmt::{self, Display, Formatter};
 
 use jiff::Timestamp;
@@ -15,6 +17,7 @@ use jiff::tz::TimeZone;
 
 use crate::model::*;
 use crate::raw::Raw;
+use usb::Device;
 
 /// The record's line, without a line end. `zone` is the reader's time zone.
 pub fn line(record: &Record, zone: &TimeZone) -> String {
@@ -25,6 +28,8 @@ pub fn line(record: &Record, zone: &TimeZone) -> String {
 pub fn is_usb(event: &Event) -> bool {
     match event {
         Event::DevicePresent(_) | Event::DeviceAdded(_) | Event::DeviceRemoved(_) => true,
+        Event::UsbFunction(_) | Event::UsbVolume(_) | Event::UsbFile(_) | Event::UsbFilesUnseen(_) => true,
+        Event::TransferOverUsb(_) => true,
         Event::Transfer(transfer) => transfer.channel == Channel::Usb,
         Event::Gap(gap) => matches!(
             gap.reason,
@@ -59,7 +64,12 @@ fn sentence(record: &Record, zone: &TimeZone) -> String {
         Event::DevicePresent(device) => format!("USB device present: {}", Device(device)),
         Event::DeviceAdded(device) => format!("USB device added: {}", Device(device)),
         Event::DeviceRemoved(device) => format!("USB device removed: {}", Device(device)),
-        Event::Transfer(transfer) => transfer_sentence(record.run, transfer, zone),
+        Event::Transfer(transfer) => transfer_sentence(record.run, transfer, "", zone),
+        Event::TransferOverUsb(transfer) => transfer_sentence(record.run, transfer, " over USB", zone),
+        Event::UsbFunction(function) => usb::function_sentence(function),
+        Event::UsbVolume(volume) => usb::volume_sentence(volume),
+        Event::UsbFile(file) => usb::file_sentence(file),
+        Event::UsbFilesUnseen(unseen) => usb::unseen_sentence(unseen, zone),
         Event::Muted(muted) => muted_sentence(muted),
         Event::Coverage(coverage) => coverage_sentence(coverage),
         Event::Gap(gap) => gap_sentence(gap, zone),
@@ -91,7 +101,8 @@ fn hook(hook: Hook) -> &'static str {
     }
 }
 
-fn transfer_sentence(run: u32, t: &Transfer, zone: &TimeZone) -> String {
+/// `way` is how the packets left, where that is worth a word.
+fn transfer_sentence(run: u32, t: &Transfer, way: &str, zone: &TimeZone) -> String {
     let channel = match t.channel {
         Channel::Usb => "USB",
         Channel::Lan => "LAN",
@@ -117,11 +128,11 @@ fn transfer_sentence(run: u32, t: &Transfer, zone: &TimeZone) -> String {
             let interface =
                 if t.interface.is_empty() { String::new() } else { format!(", {}", t.interface.escaped()) };
             format!(
-                "{channel} transfer started: {who}{opened}{interface}, first at {} {id}",
+                "{channel} transfer started{way}: {who}{opened}{interface}, first at {} {id}",
                 time(t.first_wall_ns, zone)
             )
         }
-        Phase::Progress => format!("{channel} transfer goes on: {who}, {} {id}", Moved(t)),
+        Phase::Progress => format!("{channel} transfer goes on{way}: {who}, {} {id}", Moved(t)),
         Phase::Ended(reason) => {
             let reason = match reason {
                 EndReason::Silence => "",
@@ -129,7 +140,7 @@ fn transfer_sentence(run: u32, t: &Transfer, zone: &TimeZone) -> String {
                 EndReason::DeviceRemoved => ", cut off: the device is gone",
             };
             format!(
-                "{channel} transfer ended: {who}, {}, last at {}{reason} {id}",
+                "{channel} transfer ended{way}: {who}, {}, last at {}{reason} {id}",
                 Moved(t),
                 time(t.last_wall_ns, zone)
             )
@@ -222,10 +233,7 @@ impl Display for Counter<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self.0 {
             Counterpart::Host(address) => write!(f, "{address}"),
-            Counterpart::Disk(disk) => {
-                write!(f, "\"{} {}\"", disk.vendor.escaped(), disk.model.escaped())?;
-                write!(f, " serial {} disk {}", Quoted(&disk.serial), disk.name.escaped())
-            }
+            Counterpart::Disk(disk) => write!(f, "{}", usb::OnDisk(disk)),
         }
     }
 }
@@ -237,14 +245,7 @@ impl Display for Moved<'_> {
         let Transfer { channel, traffic: t, .. } = self.0;
         let seconds = self.0.last_wall_ns.saturating_sub(self.0.first_wall_ns) as f64 / 1e9;
         if *channel == Channel::Usb {
-            write!(
-                f,
-                "written {} ({} B), read {} ({} B)",
-                Size(t.tx_bytes),
-                t.tx_bytes,
-                Size(t.rx_bytes),
-                t.rx_bytes
-            )?;
+            write!(f, "{}", usb::Completed(t))?;
         } else {
             write!(f, "sent {} ({} B, payload {} B)", Size(t.tx_payload), t.tx_bytes, t.tx_payload)?;
             write!(f, ", received {} ({} B, payload {} B)", Size(t.rx_payload), t.rx_bytes, t.rx_payload)?;
@@ -270,43 +271,6 @@ impl Display for Size {
             value /= 1000.0;
         }
         write!(f, "{value:.1} TB")
-    }
-}
-
-struct Device<'a>(&'a UsbDevice);
-
-impl Display for Device<'_> {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let d = self.0;
-        write!(f, "\"{} {}\" serial {}", d.vendor.escaped(), d.model.escaped(), Quoted(&d.serial))?;
-        write!(f, " [{:04x}:{:04x}]", d.vendor_id, d.product_id)?;
-        let mut kinds: Vec<_> = d.interfaces.iter().map(usb_class).collect();
-        kinds.dedup();
-        if !kinds.is_empty() {
-            write!(f, " {}", kinds.join(", "))?;
-        }
-        write!(f, " at {}", d.devpath.escaped())
-    }
-}
-
-/// What an interface is for, by its class code (usb.org, "Defined Class Codes").
-fn usb_class(interface: &UsbInterface) -> String {
-    let UsbInterface { class, subclass, protocol } = *interface;
-    match (class, subclass, protocol) {
-        (0x01, ..) => "audio".into(),
-        (0x02, ..) => "communication".into(),
-        (0x03, 0x01, 0x01) => "keyboard".into(),
-        (0x03, 0x01, 0x02) => "mouse".into(),
-        (0x03, ..) => "input device".into(),
-        (0x06, ..) => "camera or phone".into(),
-        (0x07, ..) => "printer".into(),
-        (0x08, ..) => "storage".into(),
-        (0x09, ..) => "hub".into(),
-        (0x0a, ..) => "communication data".into(),
-        (0x0b, ..) => "smart card reader".into(),
-        (0x0e, ..) => "video".into(),
-        (0xe0, ..) => "wireless controller".into(),
-        _ => format!("class {class:02x}{subclass:02x}{protocol:02x}"),
     }
 }
 

@@ -4,11 +4,15 @@
 //! [`Record`]. Times called `wall` are nanoseconds since 1970-01-01T00:00:00Z by the PC's clock; times called
 //! `boot` are nanoseconds of its boot clock (`CLOCK_BOOTTIME`: goes on in suspend, cannot be set).
 
+mod usb;
+
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::raw::Raw;
+
+pub use usb::*;
 
 /// Longest encoded record, in bytes. A record of the largest event is well below; see the test.
 pub const MAX_RECORD: usize = 16 * 1024;
@@ -103,7 +107,15 @@ impl RecordHead {
 
 impl Event {
     /// Kinds that this version knows.
-    const KINDS: u32 = 13;
+    const KINDS: u32 = 18;
+
+    /// The transfer, whatever its way.
+    pub fn transfer(&self) -> Option<&Transfer> {
+        match self {
+            Self::Transfer(transfer) | Self::TransferOverUsb(transfer) => Some(transfer),
+            _ => None,
+        }
+    }
 }
 
 /// What an agent records. New kinds are added at the end: the order is the encoding. A server keeps records of kinds that
@@ -136,6 +148,16 @@ pub enum Event {
     Filter(Filter),
     /// An interface that was to be watched cannot be. When that ends, a [`Gap`] says how long it was so.
     InterfaceFailed(InterfaceFailed),
+    /// The kernel made something of a USB device: a disk, a network interface, a serial port.
+    UsbFunction(UsbFunction),
+    /// A file system on a USB disk was mounted or unmounted.
+    UsbVolume(UsbVolume),
+    /// A file on a USB disk was read or written.
+    UsbFile(UsbFile),
+    /// File names of USB disks that are not known.
+    UsbFilesUnseen(UsbFilesUnseen),
+    /// As [`Event::Transfer`], on an interface that is a USB adapter, phone or modem.
+    TransferOverUsb(Transfer),
 }
 
 /// Who watches, where.
@@ -186,45 +208,6 @@ pub enum Hook {
     XdpTcx,
     /// XDP for ingress, clsact for egress.
     XdpClsact,
-}
-
-/// A USB device as its descriptors name it. Empty strings: the device gives none.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UsbDevice {
-    /// Where it is plugged in: kernel device path without `/sys`, the identity while it is plugged in.
-    pub devpath: Raw,
-    /// Bus number.
-    pub bus: u16,
-    /// Device number on the bus.
-    pub number: u16,
-    /// idVendor.
-    pub vendor_id: u16,
-    /// idProduct.
-    pub product_id: u16,
-    /// Vendor's name.
-    pub vendor: Raw,
-    /// Product's name.
-    pub model: Raw,
-    /// Serial number.
-    pub serial: Raw,
-    /// Its interfaces, at most [`UsbDevice::MAX_INTERFACES`].
-    pub interfaces: Vec<UsbInterface>,
-}
-
-impl UsbDevice {
-    /// Most interfaces that are kept of one device.
-    pub const MAX_INTERFACES: usize = 32;
-}
-
-/// USB class code triple of one interface (USB 2.0, table 9-12).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct UsbInterface {
-    /// bInterfaceClass.
-    pub class: u8,
-    /// bInterfaceSubClass.
-    pub subclass: u8,
-    /// bInterfaceProtocol.
-    pub protocol: u8,
 }
 
 /// A burst of activity with one counterpart on one channel.
@@ -297,19 +280,6 @@ pub enum Counterpart {
     Host(IpAddr),
     /// A USB disk.
     Disk(Disk),
-}
-
-/// A USB disk.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Disk {
-    /// Kernel name, for example `sdb`.
-    pub name: Raw,
-    /// Vendor's name of the USB device.
-    pub vendor: Raw,
-    /// Product's name of the USB device.
-    pub model: Raw,
-    /// Serial number of the USB device.
-    pub serial: Raw,
 }
 
 /// What was spoken, by the port of the side that was called.
@@ -521,8 +491,31 @@ mod tests {
             ],
             ..UsbDevice::default()
         };
-        let coverage = Coverage { interfaces: vec![long; Coverage::MAX_INTERFACES], ..Coverage::default() };
-        for event in [Event::DeviceAdded(device), Event::Coverage(coverage)] {
+        let coverage =
+            Coverage { interfaces: vec![long.clone(); Coverage::MAX_INTERFACES], ..Coverage::default() };
+        let disk =
+            Disk { name: long.clone(), vendor: long.clone(), model: long.clone(), serial: long.clone() };
+        let function = UsbFunction {
+            device: device.clone(),
+            function: Function::Disk { name: long.clone(), bytes: u64::MAX },
+        };
+        let file = UsbFile {
+            disk,
+            directory: long.clone(),
+            name: long.clone(),
+            access: FileAccess::Written,
+            bytes: Some(u64::MAX),
+            program: long.clone(),
+            pid: u32::MAX,
+            uid: Some(u32::MAX),
+            user: long,
+        };
+        for event in [
+            Event::DeviceAdded(device),
+            Event::Coverage(coverage),
+            Event::UsbFunction(function),
+            Event::UsbFile(file),
+        ] {
             let bytes = record(event.clone()).to_bytes().unwrap();
             assert_eq!(Record::from_bytes(&bytes).unwrap().event, event);
         }
@@ -530,9 +523,19 @@ mod tests {
 
     #[test]
     fn a_record_of_a_kind_that_only_newer_agents_know_is_told_from_garbage() {
-        let interface = Interface { name: "eth0".into(), index: 1, hook: Hook::Tcx };
-        let failed = InterfaceFailed { name: interface.name, index: 1, error: "x".into() };
-        let known = record(Event::InterfaceFailed(failed)).to_bytes().unwrap();
+        let transfer = Transfer {
+            id: 1,
+            phase: Phase::Started,
+            channel: Channel::Lan,
+            counterpart: Counterpart::Host(IpAddr::from([10, 0, 0, 1])),
+            services: vec![],
+            opened: Opened::Here,
+            interface: "usb0".into(),
+            first_wall_ns: 0,
+            last_wall_ns: 0,
+            traffic: Traffic::default(),
+        };
+        let known = record(Event::TransferOverUsb(transfer)).to_bytes().unwrap();
         assert_eq!(RecordHead::of_newer(&known), None);
         // The kind stands behind the four numbers.
         let kind = postcard::to_stdvec(&(u64::MAX, u32::MAX, u64::MAX, i64::MIN)).unwrap().len();

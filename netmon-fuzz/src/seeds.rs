@@ -5,11 +5,7 @@ use std::net::IpAddr;
 
 use netmon_agent::spool::format::{Header, push_frame};
 use netmon_common::enroll::{Granted, Reply, Request, Token};
-use netmon_common::model::{
-    AgentStarted, Channel, Counterpart, Coverage, Disk, EndReason, Event, Filter, Gap, GapReason, Hook,
-    Interface, InterfaceFailed, Muted, Opened, Phase, Record, Service, Traffic, Transfer, UsbDevice,
-    UsbInterface,
-};
+use netmon_common::model::*;
 use netmon_common::raw::Raw;
 use netmon_common::wire::{
     About, BatchBuilder, Checkpoint, FRAME_HEADER, Heartbeat, Hello, Item, Newest, Open, ToAgent, ToServer,
@@ -44,7 +40,8 @@ fn events() -> Vec<Event> {
         serial: "60A44C413FAE".into(),
         interfaces: vec![UsbInterface { class: 8, subclass: 6, protocol: 0x50 }],
     };
-    let disk = Disk { name: "sdb".into(), vendor: "Kingston".into(), model: hostile, serial: "60A4".into() };
+    let disk =
+        Disk { name: "sdb".into(), vendor: "Kingston".into(), model: hostile.clone(), serial: "60A4".into() };
     let traffic = Traffic {
         tx_bytes: 20_019_872,
         rx_bytes: 12_696,
@@ -52,6 +49,28 @@ fn events() -> Vec<Event> {
         rx_payload: 0,
         tx_packets: 13_812,
         rx_packets: 244,
+    };
+    let function = |function| Event::UsbFunction(UsbFunction { device: stick.clone(), function });
+    let volume = |change| {
+        Event::UsbVolume(UsbVolume {
+            disk: disk.clone(),
+            device: "sdb1".into(),
+            file_system: "vfat".into(),
+            mount_point: "/media/student5/USB".into(),
+            read_only: false,
+            change,
+        })
+    };
+    let file = UsbFile {
+        disk: disk.clone(),
+        directory: "/media/student5/USB".into(),
+        name: hostile.clone(),
+        access: FileAccess::Written,
+        bytes: Some(20_000_000),
+        program: "cp".into(),
+        pid: 4711,
+        uid: Some(1005),
+        user: "student5".into(),
     };
     let transfer = |phase, channel, counterpart, services| {
         Event::Transfer(Transfer {
@@ -103,10 +122,28 @@ fn events() -> Vec<Event> {
             index: 9,
             error: "no such device".into(),
         }),
+        function(Function::Disk { name: "sdb".into(), bytes: 32_010_928_128 }),
+        function(Function::Network { interface: "usb0".into(), kind: UsbNetwork::Phone }),
+        function(Function::Serial { tty: "ttyUSB0".into() }),
+        volume(VolumeChange::Mounted),
+        volume(VolumeChange::Unmounted { moved: traffic }),
+        volume(VolumeChange::PulledOut { moved: traffic, unwritten: 4096 }),
+        Event::UsbFile(UsbFile { bytes: None, uid: None, access: FileAccess::Read, ..file.clone() }),
+        Event::UsbFile(file),
+        Event::UsbFilesUnseen(UsbFilesUnseen {
+            reason: FilesUnseen::TooMany,
+            from_wall_ns: WALL_NS - 1_000_000_000,
+            to_wall_ns: WALL_NS,
+            count: Some(4711),
+        }),
         Event::DevicePresent(stick.clone()),
         Event::DeviceAdded(stick.clone()),
         Event::DeviceRemoved(UsbDevice { interfaces: Vec::new(), ..stick }),
-        transfer(Phase::Started, Channel::Lan, lan, vec![Service::Tcp(9000), Service::Udp(5004)]),
+        transfer(Phase::Started, Channel::Lan, lan.clone(), vec![Service::Tcp(9000), Service::Udp(5004)]),
+        match transfer(Phase::Progress, Channel::Lan, lan, vec![Service::Tcp(9000)]) {
+            Event::Transfer(transfer) => Event::TransferOverUsb(transfer),
+            other => other,
+        },
         transfer(
             Phase::Progress,
             Channel::Internet,

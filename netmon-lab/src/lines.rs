@@ -41,6 +41,8 @@ pub struct Transfer {
     pub channel: String,
     /// Which of its lines this is.
     pub phase: Phase,
+    /// True when the packets left through a USB adapter, phone or modem.
+    pub over_usb: bool,
     /// The other side: an address, or a disk's name.
     pub counterpart: String,
     /// What was spoken: `tcp/9000`.
@@ -205,6 +207,10 @@ fn kind(sentence: &str) -> Option<Kind> {
 fn transfer(sentence: &str) -> Option<Transfer> {
     let (head, behind) = sentence.split_once(": ")?;
     let (channel, phase) = head.split_once(" transfer ")?;
+    let (phase, over_usb) = match phase.strip_suffix(" over USB") {
+        Some(phase) => (phase, true),
+        None => (phase, false),
+    };
     let (behind, id) = behind.rsplit_once(" #")?;
     let (who, behind) = split_who(behind)?;
     let is_service =
@@ -229,6 +235,7 @@ fn transfer(sentence: &str) -> Option<Transfer> {
     Some(Transfer {
         channel: channel.to_owned(),
         phase,
+        over_usb,
         counterpart: counterpart.join(" "),
         services,
         id: format!("#{id}"),
