@@ -78,6 +78,18 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// List the USB devices that were seen, and at which PCs
+    ///
+    /// Only devices with a serial number: the others cannot be told apart. COPIES: the same number was at two PCs at once,
+    /// so several devices have it.
+    Devices {
+        /// Only devices whose names, serial number, IDs (`0951:1666`) or seats contain this
+        #[arg(value_name = "TEXT")]
+        text: Option<String>,
+        /// As JSON, times in RFC 3339
+        #[arg(long)]
+        json: bool,
+    },
     /// Take an agent off the allow-list; its history stays
     ///
     /// A live connection is closed at once. The PC can enrol again with a new token. When a PC enrols that asks for the

@@ -6,6 +6,8 @@
 use netmon_common::model::{Event, Record, RecordError, RecordHead};
 use netmon_common::wire::Item;
 
+use crate::passport::Sighting;
+
 /// Numbers are kept as signed 64-bit integers in the store.
 const MAX_SEQ: u64 = i64::MAX as u64;
 
@@ -107,6 +109,8 @@ pub struct Received {
     pub wall_ns: i64,
     /// The backlog that it reports, if it is a heartbeat.
     pub backlog: Option<u64>,
+    /// What it says of where USB devices are.
+    pub sighting: Option<Box<Sighting>>,
     /// The bytes as they came.
     pub bytes: Vec<u8>,
 }
@@ -178,18 +182,22 @@ pub fn check(first_seq: u64, items: Vec<Item>) -> Result<Vec<Checked>, Fault> {
             Item::Hole(_) => return Ok(Checked { seq: at, next_seq: seq, record: None }),
             Item::Record(bytes) => bytes,
         };
-        let (says, wall_ns, backlog) = match (Record::from_bytes(&bytes), RecordHead::of_newer(&bytes)) {
-            (Ok(Record { seq, wall_ns, event: Event::Coverage(coverage), .. }), _) => {
-                (seq, wall_ns, Some(coverage.backlog))
+        let (mut backlog, mut sighting) = (None, None);
+        let (says, wall_ns) = match (Record::from_bytes(&bytes), RecordHead::of_newer(&bytes)) {
+            (Ok(Record { seq, wall_ns, event, .. }), _) => {
+                match &event {
+                    Event::Coverage(coverage) => backlog = Some(coverage.backlog),
+                    event => sighting = Sighting::of(event).map(Box::new),
+                }
+                (seq, wall_ns)
             }
-            (Ok(record), _) => (record.seq, record.wall_ns, None),
-            (Err(_), Some(newer)) => (newer.seq, newer.wall_ns, None),
+            (Err(_), Some(newer)) => (newer.seq, newer.wall_ns),
             (Err(source), None) => return Err(Fault::Record { seq: at, source }),
         };
         if says != at {
             return Err(Fault::Order { at, says });
         }
-        let record = Received { wall_ns, backlog, bytes };
+        let record = Received { wall_ns, backlog, sighting, bytes };
         Ok(Checked { seq: at, next_seq: seq, record: Some(record) })
     });
     checked.collect()
@@ -257,7 +265,7 @@ mod tests {
     }
 
     fn item(seq: u64, record: bool, next_seq: u64) -> Checked {
-        let received = Received { wall_ns: 0, backlog: None, bytes: Vec::new() };
+        let received = Received { wall_ns: 0, backlog: None, sighting: None, bytes: Vec::new() };
         Checked { seq, next_seq, record: record.then_some(received) }
     }
 
@@ -307,7 +315,7 @@ mod tests {
     fn a_record_of_a_newer_agent_is_kept() {
         let newer = postcard::to_stdvec(&(5_u64, 1_u32, 0_u64, -7_i64, 999_u32, "something")).unwrap();
         let checked = check(5, vec![Item::Record(newer.clone())]).unwrap();
-        let expected = Received { wall_ns: -7, backlog: None, bytes: newer.clone() };
+        let expected = Received { wall_ns: -7, backlog: None, sighting: None, bytes: newer.clone() };
         assert_eq!(checked[0].record, Some(expected));
         assert_eq!(check(6, vec![Item::Record(newer)]), Err(Fault::Order { at: 6, says: 5 }));
     }

@@ -20,6 +20,7 @@ mod frames;
 pub mod ingest;
 pub mod limits;
 pub mod notice;
+pub mod passport;
 pub mod presence;
 pub mod render;
 pub mod seat;

@@ -58,6 +58,30 @@ pub enum Notice {
         /// When it was signed, as it says.
         signed_ns: i64,
     },
+    /// A USB device that has come to this PC was at another one before.
+    DeviceMoved {
+        /// Vendor's name.
+        vendor: Raw,
+        /// Product's name.
+        model: Raw,
+        /// Serial number.
+        serial: Raw,
+        /// The other PC's seat.
+        seat: Raw,
+        /// When it was last said to have come or gone there, the server's clock.
+        last_ns: i64,
+    },
+    /// A USB device that has come to this PC is at another one as well: several have this serial number.
+    SerialShared {
+        /// Vendor's name.
+        vendor: Raw,
+        /// Product's name.
+        model: Raw,
+        /// Serial number.
+        serial: Raw,
+        /// The other PC's seat.
+        seat: Raw,
+    },
 }
 
 /// Why a PC was not heard, most likely.
@@ -156,6 +180,21 @@ impl Notice {
                 "the agent holds a signature of {} that is not this server's: the log's key was replaced, or the agent's file is damaged",
                 time(*signed_ns, zone)
             ),
+            Self::DeviceMoved { vendor, model, serial, seat, last_ns } => format!(
+                "SAME DEVICE: \"{} {}\" serial \"{}\" was at {} before, last at {}",
+                vendor.escaped(),
+                model.escaped(),
+                serial.escaped(),
+                seat.escaped(),
+                time(*last_ns, zone)
+            ),
+            Self::SerialShared { vendor, model, serial, seat } => format!(
+                "\"{} {}\" serial \"{}\" is at {} as well: several devices have this serial number, it tells nothing",
+                vendor.escaped(),
+                model.escaped(),
+                serial.escaped(),
+                seat.escaped()
+            ),
             Self::Revoked => "REVOKED: this PC may not deliver any more".to_owned(),
         }
     }
@@ -171,6 +210,13 @@ mod tests {
             Notice::Missing { since_ns: -1 },
             Notice::Back { since_ns: 0, reason: Reason::Unknown },
             Notice::Cloned { older: Raw::new([0xff; 255]), newer: Raw::default() },
+            Notice::DeviceMoved {
+                vendor: "SanDisk".into(),
+                model: Raw::new([0xff; 255]),
+                serial: "4C53".into(),
+                seat: "pc-12".into(),
+                last_ns: 1,
+            },
             Notice::Revoked,
         ];
         for notice in notices {

@@ -1,5 +1,6 @@
 //! The commands beside `run`. They work while a server runs on the same directory.
 
+mod devices;
 mod log;
 mod verify;
 
@@ -32,6 +33,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Tokens { withdraw: None } => list_tokens(&data),
         Command::Tokens { withdraw: Some(id) } => withdraw_token(&data, id),
         Command::Agents { json } => agents(&data, *json),
+        Command::Devices { text, json } => devices::devices(&data, text.as_deref(), *json),
         Command::Revoke { seat } => revoke(&data, seat),
         Command::Log(options) => log::log(&data, options),
         Command::Verify(options) => verify::verify(&data, options),

@@ -3,8 +3,8 @@
 use netmon_common::wire::{Newest, fingerprint};
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::AgentId;
 use super::history::{self, History, Stored};
+use super::{AgentId, passports};
 use crate::chain::Entry;
 use crate::ingest::{self, Checked, EPOCHS_TIME_NS, FIRST_SEQ, Fault, Known, Place};
 use crate::notice::Notice;
@@ -165,6 +165,11 @@ pub fn append(
             }
             Place::Next(record) => {
                 history.record(epoch, item.seq, record.wall_ns, now_ns, &record.bytes)?;
+                if let Some(sighting) = &record.sighting
+                    && let Some(notice) = passports::saw(conn, agent, sighting, record.wall_ns, now_ns)?
+                {
+                    history.notice(&notice, now_ns)?;
+                }
                 new += 1;
                 backlog = record.backlog.or(backlog);
                 expected = item.next_seq;

@@ -6,6 +6,7 @@
 mod agents;
 mod events;
 pub mod history;
+mod passports;
 mod presence;
 
 use std::fs::File;
@@ -27,12 +28,13 @@ pub use events::{
     BatchOutcome, Item, SeatLog, What, append, first_of_last, is_open, items_from, newest_before, open_epoch,
     save_seat_log, seat_log,
 };
+pub use passports::{Stayed, stays};
 pub use presence::{Known, alive, known, save_alive, save_presence};
 
 /// Marks the file as netmon's (`PRAGMA application_id`): "nmon".
 const APPLICATION_ID: i32 = 0x6e6d_6f6e;
 /// Version of the schema (`PRAGMA user_version`).
-const SCHEMA_VERSION: i32 = 2;
+const SCHEMA_VERSION: i32 = 3;
 /// How long a writer waits for another process's transaction.
 const BUSY: Duration = Duration::from_secs(10);
 
@@ -77,7 +79,7 @@ pub enum StoreError {
     NotAStore(PathBuf),
     /// The file was written by another version.
     #[error(
-        "the store {path} has format {found}; this netmon-server reads format {SCHEMA_VERSION}: format 1 becomes that when the server (`run`) is started anew; for a newer one use the version that wrote it"
+        "the store {path} has format {found}; this netmon-server reads format {SCHEMA_VERSION}: an older one becomes that when the server (`run`) is started anew; for a newer one use the version that wrote it"
     )]
     Version {
         /// The file.
@@ -190,7 +192,7 @@ impl Store {
         let _ = set_checkpoints(&self.conn, false);
     }
 
-    /// Opens a store of this format, or of the one before, which is brought to this one. Only for the server itself, and
+    /// Opens a store of this format, or of one before, which is brought to this one. Only for the server itself, and
     /// while it holds its directory: a server of the version before would go on writing the old format into the new one.
     ///
     /// # Errors
@@ -200,7 +202,9 @@ impl Store {
         let pragma = |conn: &Connection, name| {
             conn.pragma_query_value::<i32, _>(None, name, |row| row.get(0)).map_err(|e| open_error(path, e))
         };
-        if pragma(&conn, "application_id")? == APPLICATION_ID && pragma(&conn, "user_version")? == 1 {
+        if pragma(&conn, "application_id")? == APPLICATION_ID
+            && (1..SCHEMA_VERSION).contains(&pragma(&conn, "user_version")?)
+        {
             let mut store = Self { conn }.settled(path, || rewrite(&log_of(path)))?;
             migrate(&mut store.conn).map_err(|source| open_error(path, source))?;
         }
@@ -267,15 +271,18 @@ fn rewrite(path: &Path) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Brings a store of format 1 to format 2, in one transaction.
+/// Brings a store of an older format to this one, in one transaction.
 fn migrate(conn: &mut Connection) -> rusqlite::Result<()> {
     let tx = conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
     // Another process may have been faster.
     let version: i32 = tx.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    if version == 1 {
+    if version < SCHEMA_VERSION {
         tracing::info!("bringing the store to its new format");
-        tx.execute_batch(include_str!("migrate_1.sql"))?;
-        history::chain_all(&tx)?;
+        if version == 1 {
+            tx.execute_batch(include_str!("migrate_1.sql"))?;
+            history::chain_all(&tx)?;
+        }
+        tx.execute_batch(include_str!("migrate_2.sql"))?;
         tx.pragma_update(None, "user_version", SCHEMA_VERSION)?;
     }
     tx.commit()

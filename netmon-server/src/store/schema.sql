@@ -115,3 +115,29 @@ CREATE TABLE seat_logs (
     log_bytes       INTEGER NOT NULL,
     usb_bytes       INTEGER NOT NULL
 ) STRICT;
+
+-- USB devices that say which one they are. Derived from the events, as usb_stays is.
+CREATE TABLE usb_devices (
+    id              INTEGER PRIMARY KEY,
+    vendor_id       INTEGER NOT NULL,
+    product_id      INTEGER NOT NULL,
+    serial          BLOB NOT NULL,
+    vendor          BLOB NOT NULL,         -- names as first seen
+    model           BLOB NOT NULL,
+    is_shared       INTEGER NOT NULL DEFAULT 0,  -- was at two PCs at once: several devices have this serial number
+    UNIQUE (vendor_id, product_id, serial)
+) STRICT;
+
+-- Which of them was at which PC. Times are the server's clock.
+CREATE TABLE usb_stays (
+    device          INTEGER NOT NULL REFERENCES usb_devices (id),
+    agent           INTEGER NOT NULL REFERENCES agents (id),
+    first_ns        INTEGER NOT NULL,
+    last_ns         INTEGER NOT NULL,      -- it came or left
+    times           INTEGER NOT NULL,      -- how often it came
+    is_there        INTEGER NOT NULL,      -- it came, and nobody said that it left
+    PRIMARY KEY (device, agent)
+) STRICT, WITHOUT ROWID;
+
+-- An agent that was started names anew what is there.
+CREATE INDEX usb_stays_there ON usb_stays (agent) WHERE is_there;

@@ -62,9 +62,19 @@ impl Fixture {
 
     /// A new agent with this label.
     pub fn agent(&self, seat: &str) -> AgentId {
-        let secret = self.token(1);
-        assert_eq!(self.enrol(secret, 1, seat), granted(seat));
-        agent_by_key(self.conn(), &[1; 32]).unwrap().unwrap().id
+        let [agent] = self.agents([seat]);
+        agent
+    }
+
+    /// New agents with these labels.
+    pub fn agents<const N: usize>(&self, seats: [&str; N]) -> [AgentId; N] {
+        let secret = self.token(N as u32);
+        let mut key = 0;
+        seats.map(|seat| {
+            key += 1;
+            assert_eq!(self.enrol(secret, key, seat), granted(seat));
+            agent_by_key(self.conn(), &[key; 32]).unwrap().unwrap().id
+        })
     }
 
     pub fn append(&self, agent: AgentId, epoch: u64, seqs: RangeInclusive<u64>) -> BatchOutcome {
@@ -340,9 +350,9 @@ fn a_seat_is_found_by_label_or_by_the_start_of_its_uuid() {
 fn another_database_and_a_newer_store_are_not_touched() {
     let room = Fixture::new();
     let path = room.path().join("store.sqlite");
-    room.conn().pragma_update(None, "user_version", 3).unwrap();
-    assert!(matches!(Store::open(&path), Err(StoreError::Version { found: 3, .. })));
-    assert!(matches!(Store::create(&path), Err(StoreError::Version { found: 3, .. })));
+    room.conn().pragma_update(None, "user_version", 4).unwrap();
+    assert!(matches!(Store::open(&path), Err(StoreError::Version { found: 4, .. })));
+    assert!(matches!(Store::create(&path), Err(StoreError::Version { found: 4, .. })));
     room.conn().pragma_update(None, "application_id", 1).unwrap();
     assert!(matches!(Store::open(&path), Err(StoreError::NotAStore(_))));
 }
