@@ -154,7 +154,7 @@ impl DataDir {
             }
         }
         self.make_log_key(&ca, now)?;
-        Store::create(&self.store())?;
+        Store::create(&self.store())?.close();
         make_dir(&self.logs())?;
         make_dir(&self.control())?;
         write_file(&self.0.join("server-key.pem"), server.key_pem.as_bytes(), 0o600)?;

@@ -129,6 +129,13 @@ impl Committer {
         Self { open: Box::new(open), store: Some(store) }
     }
 
+    /// Ends it in good order: see [`Store::close`].
+    pub fn close(self) {
+        if let Some(store) = self.store {
+            store.close();
+        }
+    }
+
     /// The store, unless it failed and was not opened anew yet.
     pub fn store(&self) -> Option<&Store> {
         self.store.as_ref()
@@ -146,9 +153,7 @@ impl Committer {
         let result = self.try_commit(steps);
         if result.is_err() {
             // After a failed sync the kernel may have dropped what it did not write: see `Store::settled`.
-            if let Some(store) = self.store.take() {
-                store.abandon();
-            }
+            self.store = None;
         }
         result
     }
@@ -224,6 +229,7 @@ impl Thread {
             }
         }
         self.save_logs();
+        self.committer.close();
     }
 
     /// Waits for a job and gathers what follows within [`GROUP_TIME`].

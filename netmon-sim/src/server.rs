@@ -128,6 +128,11 @@ impl Server {
         })
     }
 
+    /// Ends in good order.
+    pub fn stop(self) {
+        self.committer.close();
+    }
+
     /// An agent calls. False: it is not let in now.
     pub fn accept(&mut self, link: u64, pc: usize, id: AgentId, version: u16) -> bool {
         // The collector looks an agent up in a step of the writer's, which opens the store again.

@@ -850,7 +850,7 @@ impl World {
                 true
             }
             Fault::ServerStop => {
-                let was_up = self.server.is_some();
+                let was_up = self.server.take().map(Server::stop).is_some();
                 self.server_is_gone();
                 was_up
             }

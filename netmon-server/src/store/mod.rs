@@ -93,6 +93,8 @@ pub enum StoreError {
 #[derive(Debug)]
 pub struct Store {
     conn: Connection,
+    /// Its log is on disk as it is seen: it may go into the file.
+    is_settled: bool,
 }
 
 impl Store {
@@ -133,7 +135,8 @@ impl Store {
             tx.pragma_update(None, "user_version", SCHEMA_VERSION).map_err(open_error)?;
             tx.commit().map_err(open_error)?;
             // There is nothing in its log but this.
-            set_checkpoints(&conn, true).map_err(open_error)?;
+            set_checkpoints(&conn, CHECKPOINT_PAGES).map_err(open_error)?;
+            return Ok(Self { conn, is_settled: true });
         }
         Self::checked(conn, path)
     }
@@ -182,14 +185,18 @@ impl Store {
         let turn = self.begin().map_err(|source| open_error(path, source))?;
         rewrite().map_err(|source| StoreError::Settle { path: path.into(), source })?;
         turn.rollback().map_err(|source| open_error(path, source))?;
-        set_checkpoints(&self.conn, true).map_err(|source| open_error(path, source))?;
+        set_checkpoints(&self.conn, CHECKPOINT_PAGES).map_err(|source| open_error(path, source))?;
+        self.is_settled = true;
         Ok(self)
     }
 
-    /// Closes it after a failure, and leaves its log for [`Store::settled`].
-    pub fn abandon(self) {
-        // Where it cannot be set, SQLite brings to the file what was committed, and no more.
-        let _ = set_checkpoints(&self.conn, false);
+    /// Ends it in good order, when nothing failed since it was settled: the last connection brings the log into the file.
+    /// A store that is merely dropped leaves its log for [`Store::settled`].
+    pub fn close(self) {
+        if self.is_settled {
+            // Where it cannot be set, the log stays.
+            let _ = self.conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false);
+        }
     }
 
     /// Opens a store of this format, or of one before, which is brought to this one. Only for the server itself, and
@@ -205,7 +212,7 @@ impl Store {
         if pragma(&conn, "application_id")? == APPLICATION_ID
             && (1..SCHEMA_VERSION).contains(&pragma(&conn, "user_version")?)
         {
-            let mut store = Self { conn }.settled(path, || rewrite(&log_of(path)))?;
+            let mut store = Self { conn, is_settled: false }.settled(path, || rewrite(&log_of(path)))?;
             migrate(&mut store.conn).map_err(|source| open_error(path, source))?;
         }
         Self::open_to_write(path)
@@ -219,7 +226,7 @@ impl Store {
             return Err(StoreError::NotAStore(path.into()));
         }
         match pragma(&conn, "user_version")? {
-            SCHEMA_VERSION => Ok(Self { conn }),
+            SCHEMA_VERSION => Ok(Self { conn, is_settled: false }),
             found => Err(StoreError::Version { path: path.into(), found }),
         }
     }
@@ -298,25 +305,26 @@ fn connect(path: &Path, vfs: Option<&str>) -> Result<Connection, StoreError> {
                 Connection::open_with_flags_and_vfs(path, flags | OpenFlags::SQLITE_OPEN_CREATE, vfs)?
             }
         };
+        // First of all: what follows may fail, and then this ends the connection.
+        conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        set_checkpoints(&conn, 0)?;
         conn.busy_timeout(BUSY)?;
         conn.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         conn.pragma_update(None, "synchronous", "FULL")?;
         conn.pragma_update(None, "foreign_keys", true)?;
         conn.pragma_update(None, "cache_size", -PAGE_CACHE_KIB)?;
-        set_checkpoints(&conn, false)?;
         conn.set_prepared_statement_cache_capacity(64);
         Ok(conn)
     };
     connect().map_err(|source| open_error(path, source))
 }
 
-/// Does this connection bring the log into the file, when it is long and when the last connection ends?
+/// This connection brings the log into the file when it has so many pages; 0: never. Never, too, when it ends, but by
+/// [`Store::close`].
 ///
 /// From a log that a failed fsync left, SQLite would overwrite the file's pages; after a power cut the log has a hole, and
 /// the file old and new pages.
-fn set_checkpoints(conn: &Connection, on: bool) -> rusqlite::Result<()> {
-    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, !on)?;
-    let pages = if on { CHECKPOINT_PAGES } else { 0 };
+fn set_checkpoints(conn: &Connection, pages: i64) -> rusqlite::Result<()> {
     conn.pragma_update_and_check(None, "wal_autocheckpoint", pages, |_| Ok(()))
 }
 
