@@ -127,6 +127,18 @@ fn a_log_that_is_not_settled_stays_out_of_the_file() {
 }
 
 #[test]
+fn a_log_of_several_parts_is_written_again_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("log");
+    for length in [0, 1, REWRITE_PART, 2 * REWRITE_PART + 7] {
+        let bytes: Vec<u8> = (0..length).map(|at| (at / 1000) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        rewrite(&path).unwrap();
+        assert!(std::fs::read(&path).unwrap() == bytes, "{length}");
+    }
+}
+
+#[test]
 fn a_batch_that_comes_twice_is_stored_once() {
     let room = Fixture::new();
     let agent = room.agent("pc");
