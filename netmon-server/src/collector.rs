@@ -478,7 +478,7 @@ impl Collector {
             let at = logline::time(expires_ns, &zone);
             return Err(refused(format!("this agent's certificate expired at {at}; enrol again")));
         }
-        if let Some(until) = agent.quarantined_ns.filter(|until| *until > now_ns) {
+        if let Some(until) = agent.quarantine(now_ns) {
             let until = logline::time(until, &zone);
             return Err(refused(format!("seat {} is in quarantine until {until}", agent.seat)));
         }

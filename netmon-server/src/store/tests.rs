@@ -139,6 +139,38 @@ fn a_log_of_several_parts_is_written_again_as_it_is() {
 }
 
 #[test]
+fn a_quarantine_ends_with_its_time_and_with_a_clock_that_was_ahead() {
+    const SECOND: i64 = 1_000_000_000;
+    let room = Fixture::new();
+    let id = room.agent("pc");
+    let at = |now_ns| agent_by_id(room.conn(), id).unwrap().unwrap().quarantine(now_ns);
+    assert_eq!(at(0), None);
+    quarantine(room.conn(), id, 2 * HOUR).unwrap();
+    assert_eq!([at(HOUR), at(2 * HOUR - 1)], [Some(2 * HOUR); 2]);
+    assert_eq!(at(2 * HOUR), None);
+    assert_eq!(at(HOUR - SECOND), None, "none lasts longer than an hour");
+}
+
+#[test]
+fn a_token_that_was_withdrawn_does_not_come_back_with_a_clock_that_is_set_back() {
+    let room = Fixture::new();
+    let mut random = [5; 40];
+    // Made while the clock was right, and withdrawn while it was behind or ahead; and one of which a use was left.
+    for (id, withdrawn_ns, uses) in [(1, HOUR, 1), (2, 9 * HOUR, 1), (3, 2 * HOUR, 30)] {
+        random[0] = id;
+        let (token, stored) = tokens::make("a:1".into(), [0; 32], &random, uses, 3 * HOUR, 2 * HOUR);
+        add_token(room.conn(), &stored).unwrap();
+        assert!(withdraw_token(room.conn(), &token.id, withdrawn_ns).unwrap());
+        assert!(!withdraw_token(room.conn(), &token.id, withdrawn_ns).unwrap());
+        let kept = tokens(room.conn()).unwrap().into_iter().find(|kept| kept.id == token.id).unwrap();
+        for now_ns in [0, HOUR / 2, 2 * HOUR, 4 * HOUR, 20 * HOUR] {
+            let verdict = tokens::check(Some(&kept), &token.id, &token.secret, now_ns, &TimeZone::UTC);
+            assert!(verdict.is_err(), "{id} at {now_ns}");
+        }
+    }
+}
+
+#[test]
 fn a_batch_that_comes_twice_is_stored_once() {
     let room = Fixture::new();
     let agent = room.agent("pc");
