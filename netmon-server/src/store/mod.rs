@@ -42,6 +42,9 @@ const PAGE_CACHE_KIB: i64 = 16 * 1024;
 /// Pages that the log beside the file (WAL) has before they go into the file: 16 MiB. A page that changed often meanwhile
 /// goes there once.
 const CHECKPOINT_PAGES: i64 = 4096;
+/// Bytes that the log keeps, at most, when it begins anew: who reads one moment of the store for long makes it grow, and who
+/// opens the store to write writes all of it again.
+const LOG_BYTES: i64 = 32 << 20;
 /// Bytes of the log that are in memory when it is written again.
 const REWRITE_PART: usize = 1 << 20;
 
@@ -307,6 +310,7 @@ fn connect(path: &Path, vfs: Option<&str>) -> Result<Connection, StoreError> {
         conn.pragma_update(None, "synchronous", "FULL")?;
         conn.pragma_update(None, "foreign_keys", true)?;
         conn.pragma_update(None, "cache_size", -PAGE_CACHE_KIB)?;
+        conn.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES, |_| Ok(()))?;
         set_checkpoints(&conn, false)?;
         conn.set_prepared_statement_cache_capacity(64);
         Ok(conn)

@@ -127,6 +127,26 @@ fn a_log_that_is_not_settled_stays_out_of_the_file() {
 }
 
 #[test]
+fn a_log_that_grew_while_somebody_read_for_long_is_cut_when_he_is_done() {
+    let Fixture { store, directory } = Fixture::new();
+    drop(store);
+    let path = directory.path().join("store.sqlite");
+    let mut store = Store::open_to_write(&path).unwrap();
+    let add = |store: &mut Store, id: u8, bytes: i64| {
+        let insert = "INSERT INTO tokens VALUES (?1, zeroblob(?2), 0, 0, 1, 1)";
+        store.write(|tx| tx.execute(insert, rusqlite::params![[id], bytes])).unwrap();
+        std::fs::metadata(log_of(&path)).unwrap().len() as i64
+    };
+    let mut reader = Store::open(&path).unwrap();
+    let moment = reader.conn.transaction().unwrap();
+    assert!(tokens(&moment).unwrap().is_empty());
+    assert!(add(&mut store, 1, LOG_BYTES + (8 << 20)) > LOG_BYTES);
+    drop(moment);
+    let longest = (2..6).map(|id| add(&mut store, id, 1)).collect::<Vec<_>>();
+    assert!(longest.last().unwrap() <= &LOG_BYTES, "{longest:?}");
+}
+
+#[test]
 fn a_log_of_several_parts_is_written_again_as_it_is() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("log");
