@@ -23,6 +23,10 @@ pub const AGENT_LIFETIME: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// was off for the summer comes back without anybody's help. It gets a new certificate at once.
 pub const AGENT_GRACE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// 2026-01-01T00:00:00Z: no clock that is right says less. A machine without a battery begins in 1970, and what was signed
+/// then for some time would have been over before the clock was set.
+const AT_LEAST: Duration = Duration::from_secs(1_767_225_600);
+
 /// Name in the certificate of the key that signs checkpoints.
 const LOG_NAME: &str = "netmon://log";
 
@@ -153,6 +157,7 @@ impl Ca {
     pub fn issue_agent(&self, key: &AgentKey, uuid: &[u8; 16], now: Duration) -> Result<Vec<u8>, CaError> {
         let name = format!("netmon://agent/{}", uuid_text(uuid));
         let sign_error = |source| CaError::Sign { subject: name.clone(), source };
+        let now = now.max(AT_LEAST);
         let mut params = params("netmon agent", now);
         // Checked by the server's clock only; a day of room for that clock being set back.
         params.not_before = date_time_ymd(1970, 1, 1) + now.saturating_sub(DAY);
@@ -251,7 +256,7 @@ fn params(common_name: &str, now: Duration) -> CertificateParams {
     params.distinguished_name.push(DnType::CommonName, common_name);
     // Early on purpose: a PC whose clock was set back must still be able to deliver.
     params.not_before = date_time_ymd(2000, 1, 1);
-    params.not_after = date_time_ymd(1970, 1, 1) + now + SERVER_LIFETIME;
+    params.not_after = date_time_ymd(1970, 1, 1) + now.max(AT_LEAST) + SERVER_LIFETIME;
     params
 }
 
@@ -300,6 +305,21 @@ mod tests {
         let expected: [u8; 32] = Sha256::digest(key.subject_public_key_info()).into();
         assert_eq!(spki_sha256_of(&der).unwrap(), expected);
         assert_eq!(agent_key.spki_sha256(), expected);
+    }
+
+    #[test]
+    fn a_server_that_was_made_while_its_clock_said_1970_works_when_that_is_set() {
+        let clock = Duration::from_secs(60);
+        let pem = |text: &str| CertificateDer::from_pem_slice(text.as_bytes()).unwrap();
+        let pair = Ca::generate(clock).unwrap();
+        let ca = Ca::load(&pair.key_pem, pem(&pair.certificate_pem)).unwrap();
+        let server = pem(&ca.issue_server(clock).unwrap().certificate_pem);
+        let (_, csr) = request(|_| {});
+        let agent = AgentKey::from_request(&csr).unwrap();
+        let agent = CertificateDer::from(ca.issue_agent(&agent, &[1; 16], clock).unwrap());
+        assert!(not_after(ca.der()).unwrap() as u64 > NOW.as_secs() + 8 * 365 * DAY.as_secs());
+        assert!(not_after(&server).unwrap() as u64 > NOW.as_secs() + 8 * 365 * DAY.as_secs());
+        assert!(Duration::from_secs(not_after(&agent).unwrap() as u64) + AGENT_GRACE > NOW);
     }
 
     #[test]

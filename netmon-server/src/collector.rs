@@ -64,8 +64,8 @@ const SIGN_TICKS: u64 = 60;
 const MAX_NOTICES: usize = 10_000;
 /// A request for a certificate, in records of an agent's share.
 const RENEWAL_COST: u64 = 100;
-/// A clone is said once in this time, boot clock.
-const CLONE_AGAIN_NS: u64 = 60_000_000_000;
+/// What an agent can bring about by connecting (a clone, a strange signature) is said once in this time, boot clock.
+const SAY_AGAIN_NS: u64 = 60_000_000_000;
 
 /// Application close codes, for whoever reads a packet trace; the reason beside them is for people.
 mod code {
@@ -143,6 +143,8 @@ struct Known {
     callers: Callers,
     /// When it was said last that it was cloned, boot clock.
     cloned_ns: Option<u64>,
+    /// When it was said last that it showed a signature that is not this server's, boot clock.
+    strange_ns: Option<u64>,
     /// The newest one.
     checkpoint: Option<Checkpoint>,
 }
@@ -478,7 +480,7 @@ impl Collector {
             let at = logline::time(expires_ns, &zone);
             return Err(refused(format!("this agent's certificate expired at {at}; enrol again")));
         }
-        if let Some(until) = agent.quarantined_ns.filter(|until| *until > now_ns) {
+        if let Some(until) = agent.quarantine(now_ns) {
             let until = logline::time(until, &zone);
             return Err(refused(format!("seat {} is in quarantine until {until}", agent.seat)));
         }
@@ -559,15 +561,7 @@ impl Collector {
     /// Says, now and then, that another machine calls with an agent's identity.
     fn notice_clone(&self, agent: &Agent, address: std::net::SocketAddr, what: &str) {
         let now = Now::read();
-        let is_new = {
-            let mut agents = lock(&self.agents);
-            let said = &mut agents.entry(agent.id).or_default().cloned_ns;
-            let is_new = said.is_none_or(|said| now.boot_ns.saturating_sub(said) > CLONE_AGAIN_NS);
-            if is_new {
-                *said = Some(now.boot_ns);
-            }
-            is_new
-        };
+        let is_new = is_new(&mut lock(&self.agents).entry(agent.id).or_default().cloned_ns, now.boot_ns);
         if is_new {
             tracing::error!(seat = agent.seat, %address, what, "two machines use this agent's identity");
             let newer = Raw::new(format!("{address} {what}"));
@@ -587,6 +581,15 @@ impl Collector {
             }
         }
     }
+}
+
+/// Is it to be said again? Then it is said now.
+fn is_new(said_ns: &mut Option<u64>, boot_ns: u64) -> bool {
+    let is_new = said_ns.is_none_or(|said_ns| boot_ns.saturating_sub(said_ns) > SAY_AGAIN_NS);
+    if is_new {
+        *said_ns = Some(boot_ns);
+    }
+    is_new
 }
 
 /// Waits until the server stops.
@@ -768,8 +771,15 @@ impl Talk<'_> {
         let key = collector.log_key.public_key();
         let is_strange = |witness: &mut Checkpoint| !chain::is_signed(witness, &self.agent.uuid, key);
         if let Some(witness) = about.witness.take_if(is_strange) {
-            let notice = Notice::StrangeWitness { signed_ns: witness.signed_ns };
-            collector.notice(self.agent.id, notice, clock::wall_ns());
+            let now = Now::read();
+            let is_new = is_new(
+                &mut lock(&collector.agents).entry(self.agent.id).or_default().strange_ns,
+                now.boot_ns,
+            );
+            if is_new {
+                let notice = Notice::StrangeWitness { signed_ns: witness.signed_ns };
+                collector.notice(self.agent.id, notice, now.wall_ns);
+            }
         }
         tracing::info!(
             seat = self.agent.seat, address = %self.address, run = about.run, connection = self.number,

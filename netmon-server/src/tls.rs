@@ -7,7 +7,8 @@ use std::time::Duration;
 use netmon_common::raw::Escaped;
 use netmon_common::{enroll, wire};
 use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{Endpoint, EndpointConfig, TransportConfig, VarInt};
+use quinn::{ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, TransportConfig, VarInt};
+use ring::hmac;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
@@ -34,6 +35,8 @@ const STREAM_WINDOW: u32 = wire::MAX_FRAME as u32;
 const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW;
 /// Handshakes that wait for the accept loop.
 const MAX_INCOMING: usize = 1024;
+/// Bytes of a connection's name in its packets.
+const CID_LENGTH: usize = 8;
 /// Bytes that all waiting handshakes may hold.
 const INCOMING_BYTES: u64 = 16 * 1024 * 1024;
 /// Kernel's receive buffer of a listener: a room full of PCs that come back at once.
@@ -128,11 +131,43 @@ pub fn event_endpoint(
     roots.add(ca.clone()).map_err(tls)?;
     let verifier =
         WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone()).build().map_err(tls)?;
+    let mut endpoint_config = EndpointConfig::new(Arc::new(reset_key(&key)));
+    // quinn's own names show whether this process made them, and packets with others are not answered at all.
+    endpoint_config.cid_generator(|| Box::new(Names(0)));
     let config = builder(provider)?
         .with_client_cert_verifier(Arc::new(AtAnyTime(verifier)))
         .with_single_cert(vec![certificate, ca.clone()], key)
         .map_err(tls)?;
-    endpoint(socket, config, &wire::ALPNS, transport(STREAM_WINDOW, CONNECTION_WINDOW))
+    endpoint(socket, endpoint_config, config, &wire::ALPNS, transport(STREAM_WINDOW, CONNECTION_WINDOW))
+}
+
+/// The same after each start: by this key a server that was killed tells agents at once that it knows their connections no
+/// more (stateless reset, RFC 9000, section 10.3). Else they would find out by their idle timeout, and be missing meanwhile.
+/// No other endpoint may have it: it would give away what ends a connection here (section 21.11).
+fn reset_key(key: &PrivateKeyDer<'_>) -> hmac::Key {
+    let own = hmac::Key::new(hmac::HMAC_SHA256, key.secret_der());
+    hmac::Key::new(hmac::HMAC_SHA256, hmac::sign(&own, b"netmon: resets of the event listener").as_ref())
+}
+
+/// Names of connections: random numbers. How many were made, for the case that there is none.
+struct Names(u64);
+
+impl ConnectionIdGenerator for Names {
+    fn generate_cid(&mut self) -> ConnectionId {
+        self.0 += 1;
+        let mut name: [u8; CID_LENGTH] = self.0.to_le_bytes();
+        // Where the system has no random number, TLS has none either.
+        let _ = getrandom::fill(&mut name);
+        ConnectionId::new(&name)
+    }
+
+    fn cid_len(&self) -> usize {
+        CID_LENGTH
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// The enrolment listener: anybody may call, with one short request.
@@ -148,7 +183,7 @@ pub fn enrolment_endpoint(
         .with_single_cert(vec![certificate, ca.clone()], key)
         .map_err(tls)?;
     let window = 2 * crate::enrollment::MAX_REQUEST as u32;
-    endpoint(socket, config, &[enroll::ALPN], transport(window, window))
+    endpoint(socket, EndpointConfig::default(), config, &[enroll::ALPN], transport(window, window))
 }
 
 /// Judges a certificate by who signed it, at a time within its validity. Whether it is too old is judged behind the
@@ -203,6 +238,7 @@ fn builder(provider: Arc<CryptoProvider>) -> Result<ConfigBuilder<ServerConfig, 
 
 fn endpoint(
     socket: UdpSocket,
+    endpoint_config: EndpointConfig,
     mut config: ServerConfig,
     alpns: &[&[u8]],
     transport: TransportConfig,
@@ -217,7 +253,7 @@ fn endpoint(
         .transport_config(Arc::new(transport))
         .max_incoming(MAX_INCOMING)
         .incoming_buffer_size_total(INCOMING_BYTES);
-    Endpoint::new(EndpointConfig::default(), Some(config), socket, Arc::new(quinn::TokioRuntime)).map_err(tls)
+    Endpoint::new(endpoint_config, Some(config), socket, Arc::new(quinn::TokioRuntime)).map_err(tls)
 }
 
 fn transport(stream_window: u32, connection_window: u32) -> TransportConfig {

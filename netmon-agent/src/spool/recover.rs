@@ -8,7 +8,7 @@ use std::sync::Arc;
 use netmon_common::model::Record;
 use serde::{Deserialize, Serialize};
 
-use super::files::{Disk, Files, read_at_most, remove_if_there, replace};
+use super::files::{Disk, Files, remove_if_there, replace};
 use super::format::{HEADER, Header, HeaderError, MAX_SEQ, frames};
 use super::log::{Limits, Spool, SpoolError};
 use super::segment::Segment;
@@ -263,7 +263,7 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
     let mut newest_number = numbers.iter().copied().filter(|number| *number <= MAX_NUMBER).max().unwrap_or(0);
 
     let run_file: Option<RunFile> = if names.iter().any(|name| name == RUN_FILE) {
-        let bytes = read_all(files, RUN_FILE).map_err(|source| failed(RUN_FILE, source))?;
+        let (bytes, _) = read_all(files, RUN_FILE).map_err(|source| failed(RUN_FILE, source))?;
         // Damaged: as good as missing; the run is known from the segments, and a new epoch begins.
         RunFile::parse(&bytes)
     } else {
@@ -271,9 +271,15 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
     };
 
     let mut found: Vec<Found> = Vec::new();
+    let mut unreadable = None;
     for number in numbers.iter().copied() {
         let name = segment_name(number);
-        let mut bytes = read_all(files, &name).map_err(|source| failed(&name, source))?;
+        let (mut bytes, error) = read_all(files, &name).map_err(|source| failed(&name, source))?;
+        let is_whole = error.is_none();
+        if let Some(error) = error {
+            tracing::error!(segment = name, %error, "a spool segment cannot be read to its end");
+            unreadable.get_or_insert((name.clone(), error));
+        }
         match Header::decode(&bytes) {
             Ok(mut header) if header.number == number && may_follow(&found, &header) => {
                 if number > MAX_NUMBER {
@@ -283,7 +289,10 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
                         .map_err(|source| failed(&name, source))?;
                     newest_number = header.number;
                 }
-                push(&mut found, examine(header, bytes));
+                let mut new = examine(header, bytes);
+                // How much there was is not known.
+                new.rest = new.rest.max(u64::from(!is_whole));
+                push(&mut found, new);
             }
             Err(HeaderError::Newer(version)) => {
                 tracing::warn!(segment = name, version, "spool segment of a newer agent is left alone");
@@ -291,8 +300,8 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
             }
             Ok(_) | Err(HeaderError::Damaged) => {
                 // Without a byte behind its header it never held a record.
-                if bytes.len() > HEADER {
-                    recovered.damaged_bytes += bytes.len() as u64;
+                if bytes.len() > HEADER || !is_whole {
+                    recovered.damaged_bytes += (bytes.len() as u64).max(1);
                 }
                 useless.push(name);
             }
@@ -313,6 +322,10 @@ fn survey<F: Files>(files: &F, epoch: u64, may_go_on: bool) -> Result<Survey, Sp
     let epoch = Some(position.map_or(epoch, |(epoch, _)| epoch));
     // Before what tells of damage goes.
     let mut run_file_due = RunFile { run: recovered.run, stopped: None, epoch }.write(files).is_err();
+    if let Some((name, source)) = unreadable.filter(|_| run_file_due) {
+        // The disk as a whole is in trouble: nothing is given up yet.
+        return Err(failed(&name, source));
+    }
     repair(files, &mut found, stopped, !run_file_due);
     useless.extend(found.extract_if(.., |found| found.segment.span == 0).map(|found| found.segment.name()));
     useless.retain(|name| run_file_due || remove_if_there(files, name).is_err());
@@ -441,16 +454,21 @@ fn repair<F: Files>(files: &F, found: &mut [Found], stopped: Option<(u64, u64)>,
     }
 }
 
-fn read_all<F: Files>(files: &F, name: &str) -> io::Result<Vec<u8>> {
+/// What is in a file, and why that is not all. What cannot be read is as good as damaged, as for a reader: otherwise one bad
+/// block would keep the whole spool from being used.
+///
+/// # Errors
+/// It cannot be opened: worth another try.
+fn read_all<F: Files>(files: &F, name: &str) -> io::Result<(Vec<u8>, Option<io::Error>)> {
     const STEP: usize = 1 << 20;
     let file = files.open(name)?;
-    let mut all = Vec::new();
+    let (mut all, mut part) = (Vec::new(), vec![0; STEP]);
     loop {
-        let part = read_at_most(files, &file, all.len() as u64, STEP)?;
-        let is_last = part.len() < STEP;
-        all.extend(part);
-        if is_last {
-            return Ok(all);
+        match files.read_at(&file, &mut part, all.len() as u64) {
+            Ok(0) => return Ok((all, None)),
+            Ok(n) => all.extend_from_slice(&part[..n]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Ok((all, Some(error))),
         }
     }
 }

@@ -37,6 +37,8 @@ struct Content {
     synced: Vec<u8>,
     /// What the next fsync brings to disk.
     dirty: Range<usize>,
+    /// From here on, reading fails; `None`: nowhere.
+    unreadable_from: Option<usize>,
 }
 
 /// An open file of a [`Memory`].
@@ -156,6 +158,14 @@ impl Memory {
         true
     }
 
+    /// A bad block: reading this file fails with `EIO` from this byte on. What is written in its place can be read. False:
+    /// there is none of this name.
+    pub fn fail_reads(&self, name: &str, from: usize) -> bool {
+        let Some(node) = self.state().names.get(name).cloned() else { return false };
+        node.content().unreadable_from = Some(from);
+        true
+    }
+
     /// The files' names, in order.
     pub fn names(&self) -> Vec<String> {
         self.state().names.keys().cloned().collect()
@@ -187,7 +197,8 @@ impl Memory {
 
 impl Node {
     fn of(bytes: Vec<u8>) -> Self {
-        Self(Arc::new(Mutex::new(Content { seen: bytes.clone(), synced: bytes, dirty: 0..0 })))
+        let (seen, synced) = (bytes.clone(), bytes);
+        Self(Arc::new(Mutex::new(Content { seen, synced, ..Content::default() })))
     }
 }
 
@@ -255,7 +266,11 @@ impl Files for Memory {
     fn read_at(&self, file: &Node, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
         let content = file.content();
         let rest = content.seen.get(offset as usize..).unwrap_or_default();
-        let length = rest.len().min(bytes.len());
+        let good = content.unreadable_from.map_or(usize::MAX, |from| from.saturating_sub(offset as usize));
+        if good == 0 {
+            return Err(rustix::io::Errno::IO.into());
+        }
+        let length = rest.len().min(bytes.len()).min(good);
         bytes[..length].copy_from_slice(&rest[..length]);
         Ok(length)
     }

@@ -31,8 +31,8 @@ use session::Violation;
 
 /// Sent when nothing else is: holds NAT bindings open and notices a dead peer within [`IDLE`].
 const KEEP_ALIVE: Duration = Duration::from_secs(3);
-/// A peer that was silent for so long is gone. A server killed and started again does not know its old
-/// connections, so this is how long its agents take to notice.
+/// A peer that was silent for so long is gone. A server that was killed and started again says so itself (stateless reset);
+/// one of the version before does not.
 const IDLE: Duration = Duration::from_millis(10_000);
 /// Longest wait for a connection to one address.
 const CONNECT: Duration = Duration::from_secs(10);

@@ -115,7 +115,7 @@ fn agents(data: &DataDir, as_json: bool) -> anyhow::Result<()> {
     }
     let now_ns = clock::wall_ns();
     for agent in &mut agents {
-        agent.agent.quarantined_ns = agent.agent.quarantined_ns.filter(|until| *until > now_ns);
+        agent.agent.quarantined_ns = agent.agent.quarantine(now_ns);
     }
     let zone = TimeZone::system();
     let time = |ns: Option<i64>| ns.map(|ns| logline::time(ns, &zone).to_string());

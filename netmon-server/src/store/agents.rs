@@ -7,6 +7,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params};
 
 use super::history::add_notice;
 use super::presence;
+use crate::limits::LONGEST_QUARANTINE;
 use crate::notice::Notice;
 use crate::tokens::{self, Refusal, StoredToken};
 use crate::{chain, seat};
@@ -26,8 +27,17 @@ pub struct Agent {
     pub seat: String,
     /// Since when it may not deliver any more.
     pub revoked_ns: Option<i64>,
-    /// Until when it is not let in, because it broke the protocol again and again.
+    /// Until when it is not let in, because it broke the protocol again and again; see [`Agent::quarantine`].
     pub quarantined_ns: Option<i64>,
+}
+
+impl Agent {
+    /// Until when it is not let in; `None`: it is. A quarantine that is still to last longer than any does is of a time in
+    /// which the server's clock was ahead: it is over.
+    pub fn quarantine(&self, now_ns: i64) -> Option<i64> {
+        let latest_ns = now_ns.saturating_add(LONGEST_QUARANTINE.as_nanos() as i64);
+        self.quarantined_ns.filter(|until_ns| *until_ns > now_ns && *until_ns <= latest_ns)
+    }
 }
 
 /// What the `agents` command shows of one.
@@ -220,10 +230,12 @@ pub fn tokens(conn: &Connection) -> rusqlite::Result<Vec<StoredToken>> {
     .collect()
 }
 
-/// A token expires now; false: there is none of this ID that is still valid.
+/// A token expires now, and has no uses left, so that it does not come back with a clock that is set back; false: there is
+/// none of this ID that is still valid, or will be by another clock.
 pub fn withdraw_token(conn: &Connection, id: &[u8; 8], now_ns: i64) -> rusqlite::Result<bool> {
     let changed = conn.execute(
-        "UPDATE tokens SET expires_ns = ?2 WHERE id = ?1 AND expires_ns > ?2",
+        "UPDATE tokens SET expires_ns = min(expires_ns, ?2), uses = uses - uses_left, uses_left = 0
+         WHERE id = ?1 AND (expires_ns > ?2 OR uses_left > 0)",
         params![id, now_ns],
     )?;
     Ok(changed > 0)

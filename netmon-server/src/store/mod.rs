@@ -10,7 +10,7 @@ mod passports;
 mod presence;
 
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -44,6 +44,11 @@ const PAGE_CACHE_KIB: i64 = 16 * 1024;
 /// Pages that the log beside the file (WAL) has before they go into the file: 16 MiB. A page that changed often meanwhile
 /// goes there once.
 const CHECKPOINT_PAGES: i64 = 4096;
+/// Bytes that the log keeps, at most, when it begins anew: who reads one moment of the store for long makes it grow, and who
+/// opens the store to write writes all of it again.
+const LOG_BYTES: i64 = 32 << 20;
+/// Bytes of the log that are in memory when it is written again.
+const REWRITE_PART: usize = 1 << 20;
 
 /// Why the store cannot be opened. The path and what to do are in the message.
 #[derive(Debug, thiserror::Error)]
@@ -266,16 +271,25 @@ fn log_of(path: &Path) -> PathBuf {
     log.into()
 }
 
-/// Writes a file's bytes over themselves and syncs it. SQLite holds no lock on its log that closing this would drop.
+/// Writes a file's bytes over themselves and syncs it, in parts: while somebody reads one moment of the store for long
+/// (`export | less`), the log grows without bound. SQLite holds no lock on its log that closing this would drop.
 fn rewrite(path: &Path) -> io::Result<()> {
     let file = match File::options().read(true).write(true).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         file => file?,
     };
-    let mut bytes = Vec::new();
-    (&file).read_to_end(&mut bytes)?;
-    file.write_all_at(&bytes, 0)?;
-    file.sync_all()
+    let (mut part, mut offset) = (vec![0; REWRITE_PART], 0);
+    loop {
+        match file.read_at(&mut part, offset) {
+            Ok(0) => return file.sync_all(),
+            Ok(n) => {
+                file.write_all_at(&part[..n], offset)?;
+                offset += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Brings a store of an older format to this one, in one transaction.
@@ -313,6 +327,7 @@ fn connect(path: &Path, vfs: Option<&str>) -> Result<Connection, StoreError> {
         conn.pragma_update(None, "synchronous", "FULL")?;
         conn.pragma_update(None, "foreign_keys", true)?;
         conn.pragma_update(None, "cache_size", -PAGE_CACHE_KIB)?;
+        conn.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES, |_| Ok(()))?;
         conn.set_prepared_statement_cache_capacity(64);
         Ok(conn)
     };

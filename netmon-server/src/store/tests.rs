@@ -139,6 +139,70 @@ fn a_log_that_is_not_settled_stays_out_of_the_file() {
 }
 
 #[test]
+fn a_log_that_grew_while_somebody_read_for_long_is_cut_when_he_is_done() {
+    let Fixture { store, directory } = Fixture::new();
+    drop(store);
+    let path = directory.path().join("store.sqlite");
+    let mut store = Store::open_to_write(&path).unwrap();
+    let add = |store: &mut Store, id: u8, bytes: i64| {
+        let insert = "INSERT INTO tokens VALUES (?1, zeroblob(?2), 0, 0, 1, 1)";
+        store.write(|tx| tx.execute(insert, rusqlite::params![[id], bytes])).unwrap();
+        std::fs::metadata(log_of(&path)).unwrap().len() as i64
+    };
+    let mut reader = Store::open(&path).unwrap();
+    let moment = reader.conn.transaction().unwrap();
+    assert!(tokens(&moment).unwrap().is_empty());
+    assert!(add(&mut store, 1, LOG_BYTES + (8 << 20)) > LOG_BYTES);
+    drop(moment);
+    let longest = (2..6).map(|id| add(&mut store, id, 1)).collect::<Vec<_>>();
+    assert!(longest.last().unwrap() <= &LOG_BYTES, "{longest:?}");
+}
+
+#[test]
+fn a_log_of_several_parts_is_written_again_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("log");
+    for length in [0, 1, REWRITE_PART, 2 * REWRITE_PART + 7] {
+        let bytes: Vec<u8> = (0..length).map(|at| (at / 1000) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        rewrite(&path).unwrap();
+        assert!(std::fs::read(&path).unwrap() == bytes, "{length}");
+    }
+}
+
+#[test]
+fn a_quarantine_ends_with_its_time_and_with_a_clock_that_was_ahead() {
+    const SECOND: i64 = 1_000_000_000;
+    let room = Fixture::new();
+    let id = room.agent("pc");
+    let at = |now_ns| agent_by_id(room.conn(), id).unwrap().unwrap().quarantine(now_ns);
+    assert_eq!(at(0), None);
+    quarantine(room.conn(), id, 2 * HOUR).unwrap();
+    assert_eq!([at(HOUR), at(2 * HOUR - 1)], [Some(2 * HOUR); 2]);
+    assert_eq!(at(2 * HOUR), None);
+    assert_eq!(at(HOUR - SECOND), None, "none lasts longer than an hour");
+}
+
+#[test]
+fn a_token_that_was_withdrawn_does_not_come_back_with_a_clock_that_is_set_back() {
+    let room = Fixture::new();
+    let mut random = [5; 40];
+    // Made while the clock was right, and withdrawn while it was behind or ahead; and one of which a use was left.
+    for (id, withdrawn_ns, uses) in [(1, HOUR, 1), (2, 9 * HOUR, 1), (3, 2 * HOUR, 30)] {
+        random[0] = id;
+        let (token, stored) = tokens::make("a:1".into(), [0; 32], &random, uses, 3 * HOUR, 2 * HOUR);
+        add_token(room.conn(), &stored).unwrap();
+        assert!(withdraw_token(room.conn(), &token.id, withdrawn_ns).unwrap());
+        assert!(!withdraw_token(room.conn(), &token.id, withdrawn_ns).unwrap());
+        let kept = tokens(room.conn()).unwrap().into_iter().find(|kept| kept.id == token.id).unwrap();
+        for now_ns in [0, HOUR / 2, 2 * HOUR, 4 * HOUR, 20 * HOUR] {
+            let verdict = tokens::check(Some(&kept), &token.id, &token.secret, now_ns, &TimeZone::UTC);
+            assert!(verdict.is_err(), "{id} at {now_ns}");
+        }
+    }
+}
+
+#[test]
 fn a_batch_that_comes_twice_is_stored_once() {
     let room = Fixture::new();
     let agent = room.agent("pc");

@@ -148,6 +148,20 @@ async fn absurd_holes_are_a_fault_and_histories_without_end_are_refused() {
 }
 
 #[tokio::test]
+async fn a_server_that_was_killed_and_started_again_tells_its_agents_so() {
+    let mut room = Room::new();
+    let agent = room.agent("pc").await;
+    let (mut session, _) = agent.deliver(room.server(), EPOCH).await;
+    session.batch(EPOCH, 1..=1).await.unwrap();
+    let events = room.server().events;
+    room.server.take().unwrap().kill();
+    room.server = Some(Server::start_again(room.path(), events));
+    session.send_batch(EPOCH, 2..=2).await.unwrap();
+    let reason = session.closed().await;
+    assert!(reason.contains("reset by peer"), "not by the idle timeout: {reason}");
+}
+
+#[tokio::test]
 async fn who_breaks_the_protocol_is_closed_and_the_others_go_on() {
     let room = Room::new();
     let good = room.agent("good").await;

@@ -74,7 +74,19 @@ impl Server {
 
     pub fn start_with(data: &Path, listen: &str, prepare: impl FnOnce(&mut Command)) -> Self {
         let arguments = ["run", "--listen", listen, "--enroll-listen", listen];
-        let mut command = command(data, &arguments);
+        Self::start_command(command(data, &arguments), prepare)
+    }
+
+    /// Where another one listened for events.
+    pub fn start_again(data: &Path, events: SocketAddr) -> Self {
+        let events = events.to_string();
+        Self::start_command(
+            command(data, &["run", "--listen", &events, "--enroll-listen", "127.0.0.1:0"]),
+            |_| {},
+        )
+    }
+
+    fn start_command(mut command: Command, prepare: impl FnOnce(&mut Command)) -> Self {
         prepare(&mut command);
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());

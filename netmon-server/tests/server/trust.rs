@@ -589,10 +589,16 @@ async fn a_store_that_was_set_back_is_noticed_by_the_agents_witness() {
 
     // One that it cannot have signed keeps nobody out.
     let forged = Checkpoint { size: 99, ..witness.clone() };
-    let mut liar =
-        agent.introduce(room.server(), About { connect: 4, witness: Some(forged), ..about() }).await;
-    assert!(matches!(liar.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
+    for connect in 4..8 {
+        let lie = About { connect, witness: Some(forged.clone()), ..about() };
+        let mut liar = agent.introduce(room.server(), lie).await;
+        assert!(matches!(liar.ask(&beat(wall_ns())).await, ToAgent::Heard { .. }));
+    }
     room.logs("pc", "that is not this server's").await;
+    // What is said already is not said with each connection.
+    room.stop();
+    let said = room.log("pc").matches("that is not this server's").count();
+    assert_eq!(said, 1);
     let verdict = room.verify();
     assert_eq!(verdict.status.code(), Some(1));
     assert!(stdout(&verdict).contains(" TAMPERED: this server's store was set back"), "{}", stdout(&verdict));

@@ -243,6 +243,56 @@ fn what_was_there_before_an_unreadable_start_is_delivered_first() {
 }
 
 #[test]
+fn a_bad_block_costs_what_stands_on_it_and_not_the_spool() {
+    for (from, victim) in [(0, 1), (HEADER + 1, 1), (200, 2), (0, 0), (200, 0)] {
+        let memory = Memory::default();
+        drop(filled(&memory, 60));
+        let names = segments(&memory);
+        assert!(memory.fail_reads(&names[names.len() - 1 - victim], from));
+        let (mut spool, recovered) = open(&memory, SMALL);
+        assert!(!recovered.is_incomplete && recovered.new_epoch && recovered.damaged_bytes > 0);
+        append(&mut spool, 61).unwrap();
+        spool.sync().unwrap();
+        let found = events(&mut spool);
+        assert!((40..61).contains(&found.len()) && found.ends_with(&[event(61)]), "{from}: {found:?}");
+        drop(spool);
+        let (mut spool, recovered) = open(&memory, SMALL);
+        assert_eq!(
+            (recovered.damaged_bytes, recovered.new_epoch, recovered.is_incomplete),
+            (0, false, false)
+        );
+        assert_eq!(events(&mut spool), found);
+    }
+    let memory = Memory::default();
+    drop(filled(&memory, 10));
+    assert!(memory.fail_reads(RUN_FILE, 0));
+    let (mut spool, recovered) = open(&memory, SMALL);
+    assert!(!recovered.is_incomplete && recovered.new_epoch);
+    assert_eq!(events(&mut spool), (1..=10).map(event).collect::<Vec<_>>());
+}
+
+#[test]
+fn nothing_is_given_up_while_the_whole_disk_can_neither_be_read_nor_written() {
+    let memory = Memory::default();
+    drop(filled(&memory, 60));
+    let good = memory.image();
+    let names = segments(&memory);
+    assert!(names.iter().all(|name| memory.fail_reads(name, 0)));
+    memory.set_read_only(true);
+    let (mut spool, recovered) = open(&memory, SMALL);
+    assert!(recovered.is_incomplete);
+    append(&mut spool, 61).unwrap();
+    assert!(matches!(spool.sync(), Err(SpoolError::Recover { .. })));
+    // It works again.
+    memory.set_read_only(false);
+    assert!(names.iter().all(|name| memory.fail_reads(name, usize::MAX)));
+    spool.sync().unwrap();
+    assert_eq!(events(&mut spool), (1..=61).map(event).collect::<Vec<_>>());
+    assert!(names.iter().all(|name| good.names().contains(name)));
+    assert!(spool.take_gaps().is_empty());
+}
+
+#[test]
 fn a_new_epoch_begins_while_recording_goes_on() {
     let memory = Memory::default();
     let mut spool = filled(&memory, 60);
