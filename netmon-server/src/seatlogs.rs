@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use jiff::tz::TimeZone;
-use rusqlite::{Connection, Transaction, TransactionBehavior};
+use rusqlite::Connection;
 
 use crate::datadir::{DataDirError, hint, make_dir};
 use crate::render;
@@ -51,7 +51,7 @@ pub struct SeatLogs {
     directory: PathBuf,
     zone: TimeZone,
     states: HashMap<AgentId, State>,
-    /// Written since the last [`SeatLogs::save`].
+    /// Written, and not [`SeatLogs::saved`] since.
     unsaved: BTreeSet<AgentId>,
 }
 
@@ -90,17 +90,15 @@ impl SeatLogs {
         result
     }
 
-    /// Syncs what was written, and remembers in the store how far that is. A file that is missing is written anew; a
-    /// seat that fails does not keep the others from being saved.
-    ///
-    /// # Errors
-    /// The last [`SeatLogError`]; a later call makes up for it.
-    pub fn save(&mut self, conn: &Connection) -> Result<(), SeatLogError> {
+    /// Syncs what was written; how far that is, for [`store::save_seat_log`] and then [`SeatLogs::saved`]. A file that is missing
+    /// is written anew; a seat that fails does not keep the others from being saved: the last [`SeatLogError`], for which a
+    /// later call makes up.
+    pub fn synced(&mut self, conn: &Connection) -> (Vec<(AgentId, SeatLog)>, Result<(), SeatLogError>) {
         let mut result = Ok(());
-        let mut saved = Vec::new();
+        let mut synced = Vec::new();
         for agent in self.unsaved.clone() {
             match self.sync(conn, agent) {
-                Ok(Some(log)) => saved.push((agent, log)),
+                Ok(Some(log)) => synced.push((agent, log)),
                 // Without a state there is nothing to save.
                 Ok(None) => {
                     self.unsaved.remove(&agent);
@@ -108,13 +106,12 @@ impl SeatLogs {
                 Err(error) => result = Err(error),
             }
         }
-        let tx = Transaction::new_unchecked(conn, TransactionBehavior::Immediate)?;
-        for (agent, log) in &saved {
-            store::save_seat_log(&tx, *agent, *log)?;
-        }
-        tx.commit()?;
+        (synced, result)
+    }
+
+    /// These are in the store.
+    pub fn saved(&mut self, saved: &[(AgentId, SeatLog)]) {
         self.unsaved.retain(|agent| saved.iter().all(|(done, _)| done != agent));
-        result
     }
 
     fn sync(&mut self, conn: &Connection, agent: AgentId) -> Result<Option<SeatLog>, SeatLogError> {
@@ -127,7 +124,7 @@ impl SeatLogs {
         }
     }
 
-    /// True when [`SeatLogs::save`] has something to do.
+    /// True when [`SeatLogs::synced`] has something to do.
     pub fn is_unsaved(&self) -> bool {
         !self.unsaved.is_empty()
     }
@@ -239,6 +236,15 @@ mod tests {
         }
     }
 
+    fn save(logs: &mut SeatLogs, conn: &Connection) -> Result<(), SeatLogError> {
+        let (synced, result) = logs.synced(conn);
+        for (agent, log) in &synced {
+            store::save_seat_log(conn, *agent, *log)?;
+        }
+        logs.saved(&synced);
+        result
+    }
+
     fn watching(numbers: std::ops::RangeInclusive<u32>) -> Vec<String> {
         numbers.map(|i| format!("no longer watching interface \"eth{i}\" (index {i})")).collect()
     }
@@ -262,7 +268,7 @@ mod tests {
         let mut logs = room.fresh();
         room.store.append(room.agent, 1, 1..=2);
         logs.update(room.store.conn(), room.agent).unwrap();
-        logs.save(room.store.conn()).unwrap();
+        save(&mut logs, room.store.conn()).unwrap();
         // Written, but its place was not saved; then committed, but not written: then the process dies.
         room.store.append(room.agent, 1, 3..=4);
         logs.update(room.store.conn(), room.agent).unwrap();
@@ -291,7 +297,7 @@ mod tests {
         let mut logs = room.fresh();
         room.store.append(room.agent, 1, 1..=1500);
         logs.update(room.store.conn(), room.agent).unwrap();
-        logs.save(room.store.conn()).unwrap();
+        save(&mut logs, room.store.conn()).unwrap();
         std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
         logs.update(room.store.conn(), room.agent).unwrap();
         assert_eq!(room.read(LOG), watching(1..=1500));
@@ -321,14 +327,14 @@ mod tests {
         std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
         std::fs::remove_dir_all(room.logs.join("other-1")).unwrap();
         std::fs::write(room.logs.join("other-1"), "a file in the way").unwrap();
-        assert!(logs.save(conn).is_err());
+        assert!(save(&mut logs, conn).is_err());
         let saved =
             [room.agent, others[0], others[1]].map(|agent| store::seat_log(conn, agent).unwrap().next_n);
         assert_eq!(saved, [3, 1, 3]);
         assert_eq!(room.read(LOG), watching(1..=2));
         assert!(logs.is_unsaved());
         std::fs::remove_file(room.logs.join("other-1")).unwrap();
-        logs.save(conn).unwrap();
+        save(&mut logs, conn).unwrap();
         assert!(!logs.is_unsaved());
         assert_eq!(store::seat_log(conn, others[0]).unwrap().next_n, 3);
     }

@@ -292,7 +292,17 @@ impl Thread {
     fn save_logs(&mut self) {
         self.state.saved_ns = clock::wall_ns();
         let Some(store) = self.committer.store() else { return };
-        if let Err(error) = self.logs.save(store.conn()) {
+        let (synced, result) = self.logs.synced(store.conn());
+        let places = synced.as_slice();
+        let save = |conn: &Connection| {
+            places.iter().try_for_each(|(agent, log)| store::save_seat_log(conn, *agent, *log))
+        };
+        match self.committer.commit([save]) {
+            Ok(done) if done.is_empty() => {}
+            Ok(_) => self.logs.saved(places),
+            Err(error) => self.failed(&error),
+        }
+        if let Err(error) = result {
             self.note_logs(Some(error));
         }
     }
