@@ -91,8 +91,8 @@ impl SeatLogs {
     }
 
     /// Syncs what was written; how far that is, for [`store::save_seat_log`] and then [`SeatLogs::saved`]. A file that is missing
-    /// is written anew; a seat that fails does not keep the others from being saved: the last [`SeatLogError`], for which a
-    /// later call makes up.
+    /// is written anew; a seat that fails does not keep the others from being saved, and is written again from its last save on
+    /// (see [`SeatLogs::distrust`]): the last [`SeatLogError`], for which a later call makes up.
     pub fn synced(&mut self, conn: &Connection) -> (Vec<(AgentId, SeatLog)>, Result<(), SeatLogError>) {
         let mut result = Ok(());
         let mut synced = Vec::new();
@@ -103,7 +103,10 @@ impl SeatLogs {
                 Ok(None) => {
                     self.unsaved.remove(&agent);
                 }
-                Err(error) => result = Err(error),
+                Err(error) => {
+                    self.states.remove(&agent);
+                    result = Err(error);
+                }
             }
         }
         (synced, result)
@@ -115,6 +118,10 @@ impl SeatLogs {
     }
 
     fn sync(&mut self, conn: &Connection, agent: AgentId) -> Result<Option<SeatLog>, SeatLogError> {
+        if !self.states.contains_key(&agent) {
+            // Its last sync failed.
+            self.update(conn, agent)?;
+        }
         match self.states.get(&agent).map(State::sync) {
             Some(Err(SeatLogError::Write { source, .. })) if source.kind() == io::ErrorKind::NotFound => {
                 self.update(conn, agent)?;
@@ -122,6 +129,15 @@ impl SeatLogs {
             }
             result => result.transpose(),
         }
+    }
+
+    /// After the disk failed: whatever was written since the last save is written again by the next update of these seats.
+    /// The system may have dropped what it could not bring to the disk, and says "done" the next time.
+    pub fn distrust(&mut self) -> impl Iterator<Item = AgentId> {
+        for agent in &self.unsaved {
+            self.states.remove(agent);
+        }
+        self.unsaved.iter().copied()
     }
 
     /// True when [`SeatLogs::synced`] has something to do.
@@ -337,6 +353,40 @@ mod tests {
         save(&mut logs, conn).unwrap();
         assert!(!logs.is_unsaved());
         assert_eq!(store::seat_log(conn, others[0]).unwrap().next_n, 3);
+    }
+
+    #[test]
+    fn what_a_failed_sync_may_have_dropped_is_written_again() {
+        let room = Room::new();
+        let mut logs = room.fresh();
+        let seat = room.logs.join("pc-1");
+        room.store.append(room.agent, 1, 1..=2);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        save(&mut logs, room.store.conn()).unwrap();
+        room.store.append(room.agent, 1, 3..=4);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        // A device that cannot be synced; what was written since the last sync did not come to the disk.
+        std::fs::remove_file(seat.join(USB_LOG)).unwrap();
+        std::os::unix::fs::symlink("/dev/null", seat.join(USB_LOG)).unwrap();
+        assert!(save(&mut logs, room.store.conn()).is_err());
+        std::fs::remove_file(seat.join(USB_LOG)).unwrap();
+        let drop_unsaved = || {
+            let mut text = std::fs::read(seat.join(LOG)).unwrap();
+            let saved = store::seat_log(room.store.conn(), room.agent).unwrap().log_bytes as usize;
+            text[saved..].fill(0);
+            std::fs::write(seat.join(LOG), text).unwrap();
+        };
+        drop_unsaved();
+        save(&mut logs, room.store.conn()).unwrap();
+        assert_eq!(room.read(LOG), watching(1..=4));
+        assert!(!logs.is_unsaved());
+        // The store's own sync failed.
+        room.store.append(room.agent, 1, 5..=6);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        drop_unsaved();
+        assert_eq!(logs.distrust().collect::<Vec<_>>(), [room.agent]);
+        logs.update(room.store.conn(), room.agent).unwrap();
+        assert_eq!(room.read(LOG), watching(1..=6));
     }
 
     #[test]

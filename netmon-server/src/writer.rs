@@ -220,6 +220,8 @@ impl Thread {
                 Ok(answers) => {
                     if std::mem::take(&mut self.state.store_fails) {
                         tracing::info!("the store takes records again");
+                        // They are on the same disk.
+                        self.state.behind.extend(self.logs.distrust());
                     }
                     answers.into_iter().for_each(|answer| answer());
                     self.state.behind.extend(agents);
