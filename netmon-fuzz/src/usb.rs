@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use netmon_agent::usb::devices::Devices;
 use netmon_agent::usb::disks::{Meter, Stat};
+use netmon_agent::usb::functions::Functions;
 use netmon_agent::usb::message::{Action, Attributes, Kind, Message};
 use netmon_common::logline;
 use netmon_common::model::{Disk, Event, Record, UsbDevice};
@@ -12,11 +13,12 @@ use crate::input::Input;
 use crate::records::is_one_line;
 
 /// Messages, separated by two zeros, each of them `NAME=value` separated by zeros as udevd sends it; what sysfs says of a
-/// device comes as `@manufacturer=…`. A disk's counters come as `@stat=…`.
+/// device comes as `@manufacturer=…`, of a disk as `@size=…`. A disk's counters come as `@stat=…`.
 ///
 /// Every event is a record that fits and a line; who lists the devices twice hears nothing the second time.
 pub fn usb(data: &[u8]) {
     let mut devices = Devices::default();
+    let mut functions = Functions::default();
     let mut meter = Meter::new(disk(), Stat::default(), 0);
     let mut listed = BTreeMap::new();
     for (at, bytes) in (1..).zip(messages(data)) {
@@ -29,8 +31,11 @@ pub fn usb(data: &[u8]) {
         for event in devices.handle(&message) {
             is_recorded(event);
         }
+        message.wants_names();
         if let Some(above) = devices.above(&message.devpath) {
             assert!(message.devpath.len() > above.devpath.as_bytes().len());
+            functions.handle(&message, above).into_iter().for_each(is_recorded);
+            assert_eq!(functions.handle(&message, above), None);
         }
         listed.insert(message.devpath.clone(), message);
     }
@@ -75,6 +80,8 @@ fn message(mut properties: BTreeMap<Vec<u8>, Vec<u8>>) -> Message {
         product: attribute(b"@product"),
         serial: attribute(b"@serial"),
         descriptors: attribute(b"@descriptors"),
+        size: attribute(b"@size"),
+        driver: Some(attribute(b"@driver")).filter(|driver| !driver.is_empty()),
     };
     let property = |name: &[u8]| properties.get(name).cloned().unwrap_or_default();
     let mut message = Message {
@@ -84,7 +91,7 @@ fn message(mut properties: BTreeMap<Vec<u8>, Vec<u8>>) -> Message {
         properties,
         attributes: Attributes::default(),
     };
-    if message.wants_attributes() {
+    if message.kind != Kind::UsbDevice || message.wants_attributes() {
         message.attributes = attributes;
     }
     message

@@ -352,6 +352,7 @@ mod tests {
             let expected = Transfer {
                 channel: "LAN".into(),
                 phase,
+                over_usb: false,
                 counterpart: "10.77.0.12".into(),
                 services: vec!["tcp/9000".into(), "quic/443".into()],
                 id: "#3.7".into(),

@@ -7,14 +7,16 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::thread;
 use std::time::Duration;
 
 use netmon_agent::clock::Now;
 use netmon_agent::usb::disks::DiskActivity;
 use netmon_agent::usb::{Options, UsbOutput, UsbWatch, watch};
-use netmon_common::model::{Disk, Event, Gap, GapReason, Traffic, UsbDevice, UsbInterface};
+use netmon_common::model::{
+    Disk, Event, Function, Gap, GapReason, Traffic, UsbDevice, UsbFunction, UsbInterface, UsbNetwork,
+};
 use netmon_common::raw::Raw;
 use netmon_lab::udev_inject::{Action, KERNEL, Stick, UDEVD, broadcast, broadcast_to, encode, pretend_udevd};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
@@ -224,6 +226,111 @@ fn other_devices_make_no_events() {
     });
 }
 
+/// A message about something behind a stick; `behind` is its path from the stick on.
+fn inject_part(stick: &Stick, action: &str, subsystem: &str, behind: &str, more: &[(&str, &str)]) {
+    let devpath = format!("{}/{behind}", stick.devpath);
+    let mut properties =
+        vec![("ACTION", action), ("DEVPATH", &devpath), ("SUBSYSTEM", subsystem), ("SEQNUM", "1")];
+    properties.extend(more);
+    broadcast(&encode(&properties)).unwrap();
+}
+
+fn function(stick: &Stick, function: Function) -> Event {
+    Event::UsbFunction(UsbFunction { device: expected(stick), function })
+}
+
+#[test]
+fn bind_reset_and_suspend_are_no_plugging_and_another_number_is() {
+    in_namespaces(|| {
+        let mut watched = Watched::begun();
+        let first = Stick { number: 7, ..stick(1) };
+        first.inject(Action::Add).unwrap();
+        assert_eq!(watched.next_event().1, Event::DeviceAdded(expected(&first)));
+        let [base, port] = ["/devices/pci0000:00/0000:00:14.0/usb2", "/2-1"];
+        let devpath = format!("{base}{port}");
+        for action in ["bind", "change", "unbind", "bind", "offline", "online", "change", "add"] {
+            let properties = [
+                ("ACTION", action),
+                ("DEVPATH", &devpath),
+                ("SUBSYSTEM", "usb"),
+                ("DEVTYPE", "usb_device"),
+                ("BUSNUM", "002"),
+                ("DEVNUM", "007"),
+                ("PRODUCT", "951/1666/110"),
+                ("SEQNUM", "1"),
+            ];
+            broadcast(&encode(&properties)).unwrap();
+        }
+        // The kernel lost the device for a moment, and nobody said that it was gone.
+        let second = Stick { number: 8, ..first.clone() };
+        second.inject(Action::Add).unwrap();
+        assert_eq!(watched.next_event().1, Event::DeviceRemoved(expected(&first)));
+        assert_eq!(watched.next_event().1, Event::DeviceAdded(expected(&second)));
+    });
+}
+
+#[test]
+fn what_the_kernel_makes_of_a_phone_is_told_once_each_and_behind_the_phone() {
+    in_namespaces(|| {
+        let mut watched = Watched::begun();
+        let phone = stick(1);
+        // As udevd has renamed it; its first name is gone.
+        let interface = format!("/sys{}/2-1:1.0", phone.devpath);
+        for name in ["enx02", "phone"] {
+            fs::create_dir_all(format!("{interface}/net/{name}")).unwrap();
+            symlink("../..", format!("{interface}/net/{name}/device")).unwrap();
+        }
+        symlink("../../drivers/rndis_host", format!("{interface}/driver")).unwrap();
+        // A part of a device that nobody announced is not USB's.
+        inject_part(&phone, "add", "net", "2-1:1.0/net/usb0", &[]);
+        phone.inject(Action::Add).unwrap();
+        inject_part(&phone, "add", "net", "2-1:1.0/net/usb0", &[("INTERFACE", "usb0")]);
+        for _ in 0..2 {
+            inject_part(&phone, "add", "net", "2-1:1.0/net/enx02", &[("INTERFACE", "enx02")]);
+            let old = format!("{}/2-1:1.0/net/usb0", phone.devpath);
+            inject_part(&phone, "move", "net", "2-1:1.0/net/enx02", &[("DEVPATH_OLD", &old)]);
+            inject_part(&phone, "add", "net", "2-1:1.0/net/enx02/queues/rx-0", &[("SUBSYSTEM", "queues")]);
+            inject_part(&phone, "add", "tty", "2-1:1.2/tty/ttyACM0", &[]);
+        }
+        let old = format!("{}/2-1:1.0/net/enx02", phone.devpath);
+        inject_part(&phone, "move", "net", "2-1:1.0/net/phone", &[("DEVPATH_OLD", &old)]);
+        phone.inject(Action::Remove).unwrap();
+        let network = |name: &str| {
+            function(&phone, Function::Network { interface: name.into(), kind: UsbNetwork::Phone })
+        };
+        for event in [
+            Event::DeviceAdded(expected(&phone)),
+            network("enx02"),
+            function(&phone, Function::Serial { tty: "ttyACM0".into() }),
+            network("phone"),
+            Event::DeviceRemoved(expected(&phone)),
+        ] {
+            assert_eq!(watched.next_event().1, event);
+        }
+        // Plugged in again, all of it is told again.
+        phone.inject(Action::Add).unwrap();
+        inject_part(&phone, "add", "net", "2-1:1.0/net/phone", &[]);
+        assert_eq!(watched.next_event().1, Event::DeviceAdded(expected(&phone)));
+        assert_eq!(watched.next_event().1, network("phone"));
+    });
+}
+
+#[test]
+fn a_device_without_names_is_looked_up_in_the_hardware_database() {
+    in_namespaces(|| {
+        let mut watched = Watched::begun();
+        let nameless = Stick { vendor: Vec::new(), model: Vec::new(), ..stick(1) };
+        nameless.inject(Action::Add).unwrap();
+        let Event::DeviceAdded(device) = watched.next_event().1 else { panic!("no device") };
+        let [vendor, model] = [&device.vendor, &device.model].map(|name| name.escaped().to_string());
+        assert!(vendor.contains("Kingston") && model.contains("DataTraveler"), "{vendor} {model}");
+        // Its own words come first.
+        let named = Stick { vendor: b"Nobody".into(), ..stick(2) };
+        named.inject(Action::Add).unwrap();
+        assert_eq!(watched.next_event().1, Event::DeviceAdded(expected(&named)));
+    });
+}
+
 #[test]
 fn lost_messages_are_reported_and_the_devices_listed_anew() {
     in_namespaces(|| {
@@ -327,6 +434,7 @@ fn a_usb_disk_is_measured_from_its_first_sector_until_it_is_gone() {
         fs::DirBuilder::new().recursive(true).mode(0o755).create(&directory).unwrap();
         let counters = format!("{directory}/stat");
         fs::write(&counters, "3 0 24 9 0 0 0 0 0 1 1\n").unwrap();
+        fs::write(format!("{directory}/size"), "62521344\n").unwrap();
         let disk = Disk {
             name: "sdb".into(),
             vendor: Raw::new(&stick.vendor),
@@ -336,6 +444,9 @@ fn a_usb_disk_is_measured_from_its_first_sector_until_it_is_gone() {
 
         stick.inject(Action::Add).unwrap();
         assert_eq!(watched.next_event().1, Event::DeviceAdded(expected(&stick)));
+        let sized =
+            |sectors: u64| function(&stick, Function::Disk { name: "sdb".into(), bytes: sectors * 512 });
+        assert_eq!(watched.next_event().1, sized(62_521_344));
         let probed = activity(watched.next());
         let bytes = 24 * 512;
         assert_eq!(probed.disk, disk);
@@ -354,6 +465,29 @@ fn a_usb_disk_is_measured_from_its_first_sector_until_it_is_gone() {
         assert!(written.first_boot_ns >= probed.last_boot_ns && written.last_boot_ns > written.first_boot_ns);
         // One request still waits for the disk: it is busy, although nothing was completed.
         assert_eq!(activity(watched.next()).traffic, Traffic::default());
+
+        // Ejected, and another medium: the kernel's size is looked at, whether a message tells of it or not.
+        fs::write(&counters, "3 0 24 9 7 1 4096 5 0 2 2\n").unwrap();
+        for sectors in [0, 1_000] {
+            fs::write(format!("{directory}/size"), format!("{sectors}\n")).unwrap();
+            let changed = loop {
+                match watched.next() {
+                    UsbOutput::Disk(_) => {}
+                    UsbOutput::Event { event, .. } => break event,
+                    other => panic!("{other:?}"),
+                }
+            };
+            assert_eq!(changed, sized(sectors));
+            let behind = stick.disk_devpath().unwrap();
+            let behind = behind.strip_prefix(&format!("{}/", stick.devpath)).unwrap();
+            inject_part(
+                &stick,
+                "change",
+                "block",
+                behind,
+                &[("DEVTYPE", "disk"), ("DISK_MEDIA_CHANGE", "1")],
+            );
+        }
 
         stick.inject(Action::Remove).unwrap();
         let gone = loop {

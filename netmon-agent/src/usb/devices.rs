@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use netmon_common::model::{Event, UsbDevice};
-use netmon_common::raw::Raw;
 
 use super::message::{Action, Kind, Message};
 
@@ -127,17 +126,15 @@ fn usb_devices(listed: &[Message]) -> impl Iterator<Item = &Message> {
 }
 
 /// False when the two, seen at the same path, must be different devices. What one of them does not say cannot tell
-/// them apart: the kernel's own messages say less than udevd's.
+/// them apart: the kernel's own messages say less than udevd's. Vendor's and product's names do not tell them apart
+/// either: where the device cannot be asked, they are the hardware database's.
 fn may_be_one(a: &UsbDevice, b: &UsbDevice) -> bool {
     let numbers = |a: u16, b: u16| a == b || a == 0 || b == 0;
-    let names = |a: &Raw, b: &Raw| a == b || a.is_empty() || b.is_empty();
     numbers(a.bus, b.bus)
         && numbers(a.number, b.number)
         && a.vendor_id == b.vendor_id
         && a.product_id == b.product_id
-        && names(&a.serial, &b.serial)
-        && names(&a.vendor, &b.vendor)
-        && names(&a.model, &b.model)
+        && (a.serial == b.serial || a.serial.is_empty() || b.serial.is_empty())
 }
 
 /// Fills what was not known yet, for the event of the removal.
@@ -252,6 +249,29 @@ mod tests {
         assert_eq!(shown(&devices.handle(&bare)), ["+"]);
         assert!(devices.handle(&stick(Action::Add, PORT, "A1")).is_empty());
         assert_eq!(shown(&devices.handle(&unplugged(PORT))), ["-A1"]);
+    }
+
+    #[test]
+    fn a_name_out_of_the_hardware_database_is_no_other_device() {
+        let mut devices = Devices::default();
+        devices.handle(&stick(Action::Add, PORT, "A1"));
+        let bare = [("PRODUCT", "951/1666/110"), ("ID_VENDOR_FROM_DATABASE", "Kingston Technology")];
+        assert!(devices.handle(&message(Action::Add, PORT, &bare)).is_empty());
+    }
+
+    #[test]
+    fn a_port_reset_that_gives_another_number_is_a_removal_and_an_addition() {
+        let numbered = |number: &str| {
+            let mut message = stick(Action::Add, PORT, "A1");
+            message.properties.insert("DEVNUM".into(), number.into());
+            message
+        };
+        let mut devices = Devices::default();
+        devices.handle(&numbered("007"));
+        for action in [Action::Other, Action::Move, Action::Add] {
+            assert!(devices.handle(&Message { action, ..numbered("007") }).is_empty(), "{action:?}");
+        }
+        assert_eq!(shown(&devices.handle(&numbered("008"))), ["-A1", "+A1"]);
     }
 
     #[test]

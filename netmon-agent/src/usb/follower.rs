@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use netmon_common::model::{Disk, Event, Gap, GapReason};
-use netmon_common::raw::Raw;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use super::devices::Devices;
 use super::disks::SAMPLE_PERIOD;
-use super::message::{Action, Kind, Message};
-use super::monitor::{Monitor, Received, Source, list};
+use super::functions::Functions;
+use super::message::{Action, Kind, Message, disk_bytes, last_of};
+use super::monitor::{Monitor, Received, Source, disk_size, list};
 use super::sampler::{CountFrom, Sampled, Sampler};
 use super::{Options, UsbOutput};
 use crate::clock::Now;
@@ -33,6 +33,7 @@ pub(super) struct Follower {
     outputs: mpsc::Sender<UsbOutput>,
     stop: Arc<OwnedFd>,
     devices: Devices,
+    functions: Functions,
     sampler: Sampler,
     monitor: Option<Monitor>,
     /// Messages were lost and the devices were not listed since.
@@ -55,6 +56,7 @@ impl Follower {
             outputs,
             stop,
             devices: Devices::default(),
+            functions: Functions::default(),
             sampler: Sampler::default(),
             monitor: None,
             lost: false,
@@ -193,12 +195,12 @@ impl Follower {
 
     fn take_message(&mut self, message: &Message) -> Result<(), Dropped> {
         let now = Now::read();
-        for event in self.devices.handle(message) {
-            self.send(UsbOutput::Event { boot_ns: now.boot_ns, event })?;
-        }
+        let events = self.devices.handle(message);
+        self.take_events(events, now)?;
+        self.take_function(message, now)?;
         match (message.kind, message.action) {
             (Kind::Disk, Action::Add) => self.hold(message, CountFrom::Zero, now),
-            (Kind::Disk, Action::Other) => self.hold(message, CountFrom::Now, now),
+            (Kind::Disk, Action::Move | Action::Other) => self.hold(message, CountFrom::Now, now),
             (Kind::Disk, Action::Remove) => {
                 let last = self.sampler.release(&message.devpath, now.boot_ns);
                 self.send_samples(last, now)
@@ -209,8 +211,9 @@ impl Follower {
 
     fn take_list(&mut self, listed: &[Message], now: Now) -> Result<(), Dropped> {
         let events = if self.started { self.devices.resync(listed) } else { self.devices.start(listed) };
-        for event in events {
-            self.send(UsbOutput::Event { boot_ns: now.boot_ns, event })?;
+        self.take_events(events, now)?;
+        for message in listed {
+            self.take_function(message, now)?;
         }
         let disks = || listed.iter().filter(|message| message.kind == Kind::Disk);
         let present: BTreeSet<&[u8]> = disks().map(|disk| disk.devpath.as_slice()).collect();
@@ -228,6 +231,38 @@ impl Follower {
         Ok(())
     }
 
+    fn take_events(&mut self, events: Vec<Event>, now: Now) -> Result<(), Dropped> {
+        for event in events {
+            if let Event::DeviceRemoved(device) = &event {
+                self.functions.forget(device);
+            }
+            self.send(UsbOutput::Event { boot_ns: now.boot_ns, event })?;
+        }
+        Ok(())
+    }
+
+    /// What the kernel made of a USB device, behind the device's own event.
+    fn take_function(&mut self, message: &Message, now: Now) -> Result<(), Dropped> {
+        if !matches!(message.kind, Kind::Disk | Kind::Network | Kind::Serial) {
+            return Ok(());
+        }
+        let Some(device) = self.devices.above(&message.devpath) else { return Ok(()) };
+        let told = self.functions.handle(message, device);
+        told.map_or(Ok(()), |event| self.send(UsbOutput::Event { boot_ns: now.boot_ns, event }))
+    }
+
+    /// Looks at the sizes of the disks: a medium may change, or go, without a message that tells of it in time.
+    fn look_at_sizes(&mut self, now: Now) -> Result<(), Dropped> {
+        let mut events = Vec::new();
+        for devpath in self.sampler.devpaths() {
+            let sized = disk_bytes(devpath, &disk_size(devpath)).zip(self.devices.above(devpath));
+            let event =
+                sized.and_then(|(bytes, device)| self.functions.sized(last_of(devpath), bytes, device));
+            events.extend(event);
+        }
+        self.take_events(events, now)
+    }
+
     /// Measures a disk from now on, when it is a USB disk.
     fn hold(&mut self, message: &Message, from: CountFrom, now: Now) -> Result<(), Dropped> {
         let Some(device) =
@@ -235,9 +270,8 @@ impl Follower {
         else {
             return Ok(());
         };
-        let name = message.devpath.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
         let disk = Disk {
-            name: Raw::new(name),
+            name: message.name_of_part(),
             vendor: device.vendor.clone(),
             model: device.model.clone(),
             serial: device.serial.clone(),
@@ -265,6 +299,7 @@ impl Follower {
         if self.sampler.is_empty() || !left_of(SAMPLE_PERIOD, self.sampled, now).is_zero() {
             return Ok(());
         }
+        self.look_at_sizes(now)?;
         self.sample_now(now)
     }
 

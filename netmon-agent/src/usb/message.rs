@@ -15,6 +15,8 @@ pub enum Action {
     Add,
     /// It is gone.
     Remove,
+    /// It has another name, and so another path.
+    Move,
     /// `bind`, `unbind`, `change` and the like, which neither plug nor unplug; also a listed device.
     #[default]
     Other,
@@ -26,6 +28,7 @@ impl Action {
         match action {
             b"add" => Self::Add,
             b"remove" => Self::Remove,
+            b"move" => Self::Move,
             _ => Self::Other,
         }
     }
@@ -38,6 +41,10 @@ pub enum Kind {
     UsbDevice,
     /// A whole disk (not a partition), on any bus.
     Disk,
+    /// A network interface, on any bus or on none.
+    Network,
+    /// A terminal: a serial port, or one of the many that are none.
+    Serial,
     /// Nothing that is watched.
     #[default]
     Other,
@@ -49,6 +56,8 @@ impl Kind {
         match (subsystem, devtype) {
             (b"usb", b"usb_device") => Self::UsbDevice,
             (b"block", b"disk") => Self::Disk,
+            (b"net", _) => Self::Network,
+            (b"tty", _) => Self::Serial,
             _ => Self::Other,
         }
     }
@@ -65,11 +74,11 @@ pub struct Message {
     pub devpath: Vec<u8>,
     /// What udevd (or the kernel) says about it.
     pub properties: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// What its sysfs directory says, where [`Message::wants_attributes`] asked for it.
+    /// What its sysfs directory says: of a USB device where [`Message::wants_attributes`] asked for it.
     pub attributes: Attributes,
 }
 
-/// Files of a USB device's sysfs directory; empty: not there, or not asked for.
+/// Files of a device's sysfs directory; empty: not there, or not asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attributes {
     /// `manufacturer`
@@ -80,6 +89,10 @@ pub struct Attributes {
     pub serial: Vec<u8>,
     /// `descriptors`: the device's descriptor and those of its configurations, as they came over the bus.
     pub descriptors: Vec<u8>,
+    /// A disk's `size`, in sectors of 512 bytes whatever the disk's own are.
+    pub size: Vec<u8>,
+    /// The driver of the device that a network interface stands on, empty where that has none; `None`: the interface is gone.
+    pub driver: Option<Vec<u8>>,
 }
 
 /// bInterfaceClass and bDeviceClass of a hub (usb.org, "Defined Class Codes").
@@ -94,10 +107,46 @@ impl Message {
             && (self.property("ID_MODEL").is_none() || self.property("ID_USB_INTERFACES").is_none())
     }
 
+    /// What to ask the hardware database for, where the device or udevd leaves a name open.
+    pub fn wants_names(&self) -> Option<String> {
+        if self.kind != Kind::UsbDevice || self.action == Action::Remove {
+            return None;
+        }
+        let (vendor_id, product_id) = self.ids();
+        let vendor = self.name("ID_VENDOR", vendor_id, &self.attributes.manufacturer);
+        let model = self.name("ID_MODEL", product_id, &self.attributes.product);
+        // As udevd's builtin `hwdb` asks (systemd: src/udev/udev-builtin-hwdb.c).
+        (vendor.is_empty() || model.is_empty()).then(|| format!("usb:v{vendor_id:04X}p{product_id:04X}"))
+    }
+
+    /// What the kernel calls a disk, an interface, a terminal.
+    pub fn name_of_part(&self) -> Raw {
+        last_of(&self.devpath)
+    }
+
+    /// What it called it before [`Action::Move`].
+    pub fn old_name_of_part(&self) -> Option<Raw> {
+        self.property("DEVPATH_OLD").filter(|_| self.action == Action::Move).map(last_of)
+    }
+
+    /// A disk's size in bytes; `None`: it is gone.
+    pub fn disk_bytes(&self) -> Option<u64> {
+        disk_bytes(&self.devpath, &self.attributes.size)
+    }
+
+    /// True for an interface that its driver takes for mobile broadband.
+    pub fn is_wwan(&self) -> bool {
+        self.property("DEVTYPE") == Some(b"wwan")
+    }
+
     /// The USB device that the message describes.
     pub fn usb_device(&self) -> UsbDevice {
         let (vendor_id, product_id) = self.ids();
         let mut interfaces = self.interfaces();
+        // Phones speak MTP by an interface of class "vendor-specific" as well; the line must not leave that open.
+        if self.speaks_mtp() && !interfaces.contains(&UsbInterface::STILL_IMAGE) {
+            interfaces.insert(0, UsbInterface::STILL_IMAGE);
+        }
         interfaces.truncate(UsbDevice::MAX_INTERFACES);
         UsbDevice {
             devpath: Raw::new(&self.devpath),
@@ -123,12 +172,17 @@ impl Message {
         }
     }
 
+    /// True where udevd's rules (libmtp's) know the device as one that speaks MTP, by whatever interface.
+    fn speaks_mtp(&self) -> bool {
+        self.property("ID_MTP_DEVICE") == Some(b"1")
+    }
+
     fn property(&self, name: &str) -> Option<&[u8]> {
         self.properties.get(name.as_bytes()).map(Vec::as_slice).filter(|value| !value.is_empty())
     }
 
     fn decimal(&self, name: &str) -> u16 {
-        self.property(name).and_then(text).and_then(|text| text.parse().ok()).unwrap_or_default()
+        self.property(name).and_then(decimal).unwrap_or_default()
     }
 
     /// idVendor and idProduct: from the kernel (`PRODUCT=951/1666/110`, no leading zeros) or from udevd.
@@ -164,8 +218,26 @@ impl Message {
     }
 }
 
+/// A disk's size in bytes by its `size` file; `None`: it has none, or not what kernels write.
+pub fn disk_bytes(devpath: &[u8], size: &[u8]) -> Option<u64> {
+    /// Sectors of a CD drive that has no disc (drivers/scsi/sr.c); no disc has an odd number of them.
+    const NO_DISC: u64 = 0x1f_ffff;
+    let is_cd = last_of(devpath).as_bytes().starts_with(b"sr");
+    let sectors: u64 = decimal(size)?;
+    Some(if is_cd && sectors == NO_DISC { 0 } else { sectors.saturating_mul(512) })
+}
+
+/// The kernel's name for the device at a path.
+pub fn last_of(devpath: &[u8]) -> Raw {
+    Raw::new(devpath.rsplit(|&byte| byte == b'/').next().unwrap_or_default())
+}
+
 fn text(bytes: &[u8]) -> Option<&str> {
     std::str::from_utf8(bytes).ok()
+}
+
+fn decimal<N: std::str::FromStr>(digits: &[u8]) -> Option<N> {
+    text(digits.trim_ascii()).and_then(|text| text.parse().ok())
 }
 
 fn hex(digits: &[u8]) -> Option<u16> {
@@ -300,6 +372,7 @@ mod tests {
             product: b"Data Traveler".to_vec(),
             serial: b"60A4".to_vec(),
             descriptors: [&device_descriptor[..], &configuration, &storage, &endpoint, &storage].concat(),
+            ..Attributes::default()
         };
         let found = stick.usb_device();
         assert_eq!(
@@ -329,6 +402,43 @@ mod tests {
         assert_eq!(found.model, Raw::new("n".repeat(255)));
         assert_eq!(found.serial, Raw::new(&bytes[..255]));
         assert_eq!(found.interfaces.len(), UsbDevice::MAX_INTERFACES);
+    }
+
+    #[test]
+    fn only_what_has_no_name_is_looked_up_and_under_its_ids() {
+        let named = [("PRODUCT", "951/1666/110"), ("ID_VENDOR", "Kingston"), ("ID_MODEL", "DataTraveler")];
+        assert_eq!(device(&named).wants_names(), None);
+        assert_eq!(device(&named[..2]).wants_names(), Some("usb:v0951p1666".into()));
+        let known = [("PRODUCT", "5ac/1/1"), ("ID_VENDOR", "05ac"), ("ID_MODEL_FROM_DATABASE", "iPhone")];
+        assert_eq!(device(&known).wants_names(), Some("usb:v05ACp0001".into()));
+        let gone = Message { action: Action::Remove, ..device(&named[..1]) };
+        assert_eq!(gone.wants_names(), None);
+        let disk = Message { kind: Kind::Disk, ..device(&named[..1]) };
+        assert_eq!(disk.wants_names(), None);
+    }
+
+    #[test]
+    fn a_phone_whose_mtp_hides_behind_a_vendors_class_is_known_as_one() {
+        let vendors = UsbInterface { class: 0xff, subclass: 0xff, protocol: 0 };
+        let phone = device(&[("ID_USB_INTERFACES", ":ffff00:"), ("ID_MTP_DEVICE", "1")]);
+        assert_eq!(phone.usb_device().interfaces, [UsbInterface::STILL_IMAGE, vendors]);
+        let camera = device(&[("ID_USB_INTERFACES", ":060101:"), ("ID_MTP_DEVICE", "1")]);
+        assert_eq!(camera.usb_device().interfaces, [UsbInterface::STILL_IMAGE]);
+        assert_eq!(device(&[("ID_USB_INTERFACES", ":ffff00:")]).usb_device().interfaces, [vendors]);
+    }
+
+    #[test]
+    fn a_disks_size_is_read_in_sectors_of_512_bytes() {
+        let sdb = b"/devices/usb1/1-2/1-2:1.0/host6/target6:0:0/6:0:0:0/block/sdb";
+        let sr0 = b"/devices/usb1/1-2/1-2:1.0/host6/target6:0:0/6:0:0:0/block/sr0";
+        assert_eq!(disk_bytes(sdb, b"131072\n"), Some(64 << 20));
+        assert_eq!(disk_bytes(sdb, b"0\n"), Some(0));
+        assert_eq!(disk_bytes(sr0, b"2097151\n"), Some(0), "an empty drive");
+        assert_eq!(disk_bytes(sdb, b"2097151\n"), Some(2_097_151 * 512));
+        assert_eq!(disk_bytes(sdb, b"18446744073709551615\n"), Some(u64::MAX));
+        for hostile in [&b""[..], b"-1", b"1e9", b"\xff", b"18446744073709551616"] {
+            assert_eq!(disk_bytes(sdb, hostile), None, "{hostile:?}");
+        }
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! USB: devices that come and go, and what USB disks read and write.
 //!
-//! [`message`], [`devices`] and [`disks`] decide and do no I/O; [`monitor`] (libudev) and [`sampler`] (sysfs) fetch;
+//! [`message`], [`devices`], [`functions`] and [`disks`] decide and do no I/O; [`monitor`] (libudev) and [`sampler`] (sysfs) fetch;
 //! `follower` moves data between them on a thread of its own, because libudev's types stay on their thread.
 //! [`watch`] starts it.
 
 pub mod devices;
 pub mod disks;
 mod follower;
+pub mod functions;
 pub mod message;
 pub mod monitor;
 pub mod sampler;
@@ -43,7 +44,7 @@ impl Default for Options {
 /// What the watch has to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UsbOutput {
-    /// A device is present, was added, was removed; or a gap.
+    /// A device is present, was added, was removed; what the kernel made of it; or a gap.
     Event {
         /// When it was seen, boot clock.
         boot_ns: u64,

@@ -61,8 +61,11 @@ impl Monitor {
             Source::Udevd => udev::MonitorBuilder::new()?,
             Source::Kernel => udev::MonitorBuilder::new_kernel()?,
         };
-        let builder =
-            builder.match_subsystem_devtype("usb", "usb_device")?.match_subsystem_devtype("block", "disk")?;
+        let builder = builder
+            .match_subsystem_devtype("usb", "usb_device")?
+            .match_subsystem_devtype("block", "disk")?
+            .match_subsystem("net")?
+            .match_subsystem("tty")?;
         // Beyond net.core.rmem_max only with CAP_NET_ADMIN, which the agent has and a test may lack.
         set_socket_recv_buffer_size_force(&builder, receive_buffer)
             .or_else(|_| set_socket_recv_buffer_size(&builder, receive_buffer))?;
@@ -94,7 +97,7 @@ impl AsFd for Monitor {
     }
 }
 
-/// The USB devices and disks that are there now, parents before children.
+/// The USB devices that are there now, parents before children, then disks, network interfaces and serial ports.
 ///
 /// # Errors
 /// When sysfs cannot be listed.
@@ -102,11 +105,17 @@ pub fn list() -> io::Result<Vec<Message>> {
     // libudev finds nothing and says nothing where sysfs is not mounted.
     fs::read_dir("/sys/bus")?;
     let mut found = Vec::new();
-    for (subsystem, devtype) in [("usb", "usb_device"), ("block", "disk")] {
+    for (subsystem, devtype) in
+        [("usb", Some("usb_device")), ("block", Some("disk")), ("net", None), ("tty", None)]
+    {
         let mut enumerator = udev::Enumerator::new()?;
         enumerator.match_subsystem(subsystem)?;
-        enumerator.match_property("DEVTYPE", devtype)?;
-        found.extend(enumerator.scan_devices()?.map(|device| message(&device)));
+        if let Some(devtype) = devtype {
+            enumerator.match_property("DEVTYPE", devtype)?;
+        }
+        // Consoles, bridges, containers' cables: many, and none of them on a bus.
+        let devices = enumerator.scan_devices()?.filter(|device| !is_virtual(device));
+        found.extend(devices.map(|device| message(&device)));
     }
     Ok(found)
 }
@@ -123,16 +132,57 @@ fn message(device: &udev::Device) -> Message {
             .collect(),
         attributes: Attributes::default(),
     };
-    if message.wants_attributes() {
-        let directory = device.syspath();
-        message.attributes = Attributes {
-            manufacturer: line(&directory.join("manufacturer")),
-            product: line(&directory.join("product")),
-            serial: line(&directory.join("serial")),
-            descriptors: attribute(&directory.join("descriptors")),
-        };
+    let directory = device.syspath();
+    match message.kind {
+        Kind::UsbDevice if message.wants_attributes() => {
+            message.attributes = Attributes {
+                manufacturer: line(&directory.join("manufacturer")),
+                product: line(&directory.join("product")),
+                serial: line(&directory.join("serial")),
+                descriptors: attribute(&directory.join("descriptors")),
+                ..Attributes::default()
+            };
+        }
+        Kind::Disk if message.action != Action::Remove => {
+            message.attributes.size = attribute(&directory.join("size"));
+        }
+        Kind::Network if message.action != Action::Remove && !is_virtual(device) => {
+            message.attributes.driver = driver_below(directory);
+        }
+        _ => {}
+    }
+    if let Some(modalias) = message.wants_names() {
+        add_names(&mut message, &modalias);
     }
     message
+}
+
+fn is_virtual(device: &udev::Device) -> bool {
+    device.devpath().as_bytes().starts_with(b"/devices/virtual/")
+}
+
+/// The driver of the device below an interface. `None`: the interface is gone, or has another name, of which a message is
+/// on the way.
+fn driver_below(interface: &Path) -> Option<Vec<u8>> {
+    let driver = fs::read_link(interface.join("device/driver")).unwrap_or_default();
+    // Only now: what was found is the driver's as long as its interface is there.
+    interface.exists().then(|| driver.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default())
+}
+
+/// Where udevd does not run or its rules do not look names up. A PC without a hardware database knows none.
+fn add_names(message: &mut Message, modalias: &str) {
+    let Ok(database) = udev::Hwdb::new() else { return };
+    for found in database.query(modalias) {
+        let name = found.name().as_bytes();
+        if [&b"ID_VENDOR_FROM_DATABASE"[..], b"ID_MODEL_FROM_DATABASE"].contains(&name) {
+            message.properties.entry(name.to_vec()).or_insert_with(|| found.value().as_bytes().to_vec());
+        }
+    }
+}
+
+/// A disk's `size` file as it reads now; empty: the disk is gone.
+pub fn disk_size(devpath: &[u8]) -> Vec<u8> {
+    attribute(Path::new(OsStr::from_bytes(&[b"/sys", devpath, b"/size"].concat())))
 }
 
 /// A text attribute without its line end.

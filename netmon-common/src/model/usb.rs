@@ -44,6 +44,12 @@ pub struct UsbInterface {
     pub protocol: u8,
 }
 
+impl UsbInterface {
+    /// PTP and MTP: phones, cameras, players (USB Still Image Capture Device Definition 1.0). An agent lists it for a
+    /// device that the PC's udev rules know as one that speaks MTP, whatever class the device itself gives.
+    pub const STILL_IMAGE: Self = Self { class: 0x06, subclass: 0x01, protocol: 0x01 };
+}
+
 /// A USB disk.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Disk {
