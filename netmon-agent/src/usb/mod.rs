@@ -6,8 +6,10 @@
 
 pub mod devices;
 pub mod disks;
+pub mod files;
 mod follower;
 pub mod message;
+pub mod metadata;
 pub mod monitor;
 pub mod sampler;
 
