@@ -210,6 +210,11 @@ impl Files {
         self.queue_full.get_or_insert(Loss { since_wall_ns: complete_until_wall_ns, count: None });
     }
 
+    /// Files that the kernel could not open for the agent: what happened to them is not known.
+    pub fn unopened(&mut self, events: u64, now: &Now) {
+        (0..events).for_each(|_| self.refuse(now));
+    }
+
     /// Boot time at which [`Files::handle_timeout`] wants to be called; `None`: nothing waits.
     pub fn due_ns(&self) -> Option<u64> {
         let losses = (self.too_many.is_some() || self.queue_full.is_some()).then_some(self.losses_due_ns);

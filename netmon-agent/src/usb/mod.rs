@@ -6,12 +6,17 @@
 
 pub mod devices;
 pub mod disks;
+pub mod fanotify;
 pub mod files;
 mod follower;
+pub mod marker;
 pub mod message;
 pub mod metadata;
 pub mod monitor;
+pub mod processes;
+pub mod recording;
 pub mod sampler;
+pub mod users;
 
 use std::io;
 use std::os::fd::OwnedFd;
