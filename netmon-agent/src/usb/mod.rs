@@ -1,6 +1,7 @@
 //! USB: devices that come and go, and what USB disks read and write.
 //!
-//! [`message`], [`devices`] and [`disks`] decide and do no I/O; [`monitor`] (libudev) and [`sampler`] (sysfs) fetch;
+//! [`message`], [`devices`], [`disks`], [`mounts`], [`stack`] and [`volumes`] decide and do no I/O; [`monitor`] (libudev),
+//! [`sampler`] and [`sysfs`] fetch;
 //! `follower` moves data between them on a thread of its own, because libudev's types stay on their thread.
 //! [`watch`] starts it.
 
@@ -9,7 +10,11 @@ pub mod disks;
 mod follower;
 pub mod message;
 pub mod monitor;
+pub mod mounts;
 pub mod sampler;
+pub mod stack;
+pub mod sysfs;
+pub mod volumes;
 
 use std::io;
 use std::os::fd::OwnedFd;
