@@ -1,7 +1,7 @@
 //! USB: devices that come and go, and what USB disks read and write.
 //!
-//! [`message`], [`devices`], [`disks`], [`mounts`], [`stack`] and [`volumes`] decide and do no I/O; [`monitor`] (libudev),
-//! [`sampler`] and [`sysfs`] fetch;
+//! [`message`], [`devices`], [`disks`], [`mounts`], [`stack`], [`volumes`] and [`mounted`] decide and do no I/O;
+//! [`monitor`] (libudev), [`sampler`] and [`sysfs`] fetch;
 //! `follower` moves data between them on a thread of its own, because libudev's types stay on their thread.
 //! [`watch`] starts it.
 
@@ -10,6 +10,7 @@ pub mod disks;
 mod follower;
 pub mod message;
 pub mod monitor;
+pub mod mounted;
 pub mod mounts;
 pub mod sampler;
 pub mod stack;
@@ -48,7 +49,7 @@ impl Default for Options {
 /// What the watch has to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UsbOutput {
-    /// A device is present, was added, was removed; or a gap.
+    /// A device or a file system is present, came or went; or a gap.
     Event {
         /// When it was seen, boot clock.
         boot_ns: u64,

@@ -37,13 +37,33 @@ impl Blocks for SysBlocks {
     fn number_of(&self, path: &[u8]) -> Option<DeviceNumber> {
         let path = Path::new(OsStr::from_bytes(path));
         // Nowhere else: a look at another file system might have to wait for a server that is gone.
-        let is_dev = path.starts_with("/dev") && path.components().all(|part| part != Component::ParentDir);
-        let metadata = is_dev.then(|| fs::metadata(path).ok()).flatten()?;
-        metadata.file_type().is_block_device().then(|| DeviceNumber {
-            major: rustix::fs::major(metadata.rdev()),
-            minor: rustix::fs::minor(metadata.rdev()),
+        let below = path.strip_prefix("/dev").ok()?;
+        if below.components().any(|part| !matches!(part, Component::Normal(_))) {
+            return None;
+        }
+        // The agent's own /dev may be a private one without disks.
+        named(below).or_else(|| {
+            let metadata = fs::metadata(path).ok()?;
+            metadata.file_type().is_block_device().then(|| DeviceNumber {
+                major: rustix::fs::major(metadata.rdev()),
+                minor: rustix::fs::minor(metadata.rdev()),
+            })
         })
     }
+}
+
+/// `sdb1`, or `mapper/secret`, which is the name that device mapper gives.
+fn named(below_dev: &Path) -> Option<DeviceNumber> {
+    let class = Path::new("/sys/class/block");
+    let Ok(name) = below_dev.strip_prefix("mapper") else {
+        return number(&class.join(below_dev).join("dev"));
+    };
+    let devices = fs::read_dir(class).into_iter().flatten().flatten();
+    let directories = devices.map(|device| device.path());
+    let is_it = |directory: &PathBuf| {
+        attribute(&directory.join("dm/name")).is_some_and(|found| found == name.as_os_str().as_bytes())
+    };
+    number(&directories.into_iter().find(is_it)?.join("dev"))
 }
 
 fn lies_on(directory: &Path) -> LiesOn {
