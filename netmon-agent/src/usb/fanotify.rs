@@ -40,6 +40,9 @@ pub enum WatchError {
     /// What is mounted there is something else.
     #[error("the mount point is hidden by another mount")]
     Hidden,
+    /// The process that marks file systems marks no others.
+    #[error("what is mounted there is not on a USB disk")]
+    NotUsb,
     /// No mark.
     #[error("the kernel does not mark the file system")]
     Mark(#[source] io::Error),
@@ -102,6 +105,8 @@ pub struct Seen {
     pub happened: Happened,
     /// Size in bytes.
     pub bytes: u64,
+    /// What of it has room on the disk and will keep it, in bytes.
+    pub allocated: u64,
     /// When contents or attributes were changed last, wall clock.
     pub changed_wall_ns: i64,
     /// Where it is, if it was asked for.
@@ -134,6 +139,15 @@ impl Group {
     /// Reads what [`mark`] gave.
     pub fn new(group: OwnedFd) -> Self {
         Self(group)
+    }
+
+    /// True while the file system is there. It takes its mark with it when it goes: with the last of its mounts and open files.
+    pub fn is_marked(&self) -> bool {
+        let path = format!("/proc/self/fdinfo/{}", self.0.as_raw_fd());
+        // A line that begins with `fanotify sdev:` for each marked file system (proc_pid_fdinfo(5)). Where it cannot be read,
+        // marking again does no harm.
+        let text = std::fs::read(path).unwrap_or_default();
+        text.split(|byte| *byte == b'\n').any(|line| line.starts_with(b"fanotify sdev:"))
     }
 
     /// Takes what is in the queue. `wants_place` says of a file (`st_dev`, `st_ino`) and a process whether to look up where it
@@ -205,7 +219,11 @@ fn look(
     let wanted = happened.closed() || wants_place(device, inode, pid);
     let place = wanted.then(|| place(&file, stat.st_nlink == 0)).flatten();
     let bytes = u64::try_from(stat.st_size).unwrap_or(0);
-    Some(Seen { device, inode, pid, happened, bytes, changed_wall_ns, place })
+    /// The unit of `st_blocks`, whatever the file system's own blocks are.
+    const BLOCK: u64 = 512;
+    let blocks = if stat.st_nlink == 0 { 0 } else { u64::try_from(stat.st_blocks).unwrap_or(0) };
+    let allocated = blocks.saturating_mul(BLOCK);
+    Some(Seen { device, inode, pid, happened, bytes, allocated, changed_wall_ns, place })
 }
 
 /// The path by which the file was opened, in the mount namespace of who opened it. `None`: longer than a page.

@@ -13,6 +13,7 @@ use netmon_common::model::{Disk, Event, FileAccess, FilesUnseen, UsbFile, UsbFil
 use netmon_common::raw::{MAX_RAW, Raw};
 
 use super::metadata::Happened;
+use super::mounts::DeviceNumber;
 use crate::clock::Now;
 
 const SECOND_NS: u64 = 1_000_000_000;
@@ -31,8 +32,8 @@ const COARSE_NS: i64 = 2 * SECOND_NS as i64;
 /// A file for as long as it is open: inode numbers of FAT are given anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FileId {
-    /// Which file system, by the caller's number.
-    pub volume: u64,
+    /// Which file system.
+    pub volume: DeviceNumber,
     /// `st_dev`: btrfs has one for each subvolume.
     pub device: u64,
     /// `st_ino`.
@@ -87,6 +88,8 @@ pub struct FileEvent {
     pub happened: Happened,
     /// Its size in bytes.
     pub bytes: u64,
+    /// What of it has room on the disk and will keep it, in bytes: less where there are holes, 0 where its name is gone.
+    pub allocated: u64,
     /// When it was changed last, contents or attributes, wall clock.
     pub changed_wall_ns: i64,
     /// Where it is; `None`: not looked up, see [`Files::wants_place`], or not known.
@@ -103,6 +106,9 @@ struct Touch {
     /// The open was seen: what the process did with the file is known from its beginning.
     opened: bool,
     since_wall_ns: i64,
+    /// Size and room when it was opened, or soon after.
+    bytes: u64,
+    allocated: u64,
     read: bool,
     written: bool,
     place: Option<Place>,
@@ -122,7 +128,7 @@ type Key = (FileId, u32, FileAccess);
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Files {
-    disks: BTreeMap<u64, Disk>,
+    disks: BTreeMap<DeviceNumber, Disk>,
     touches: BTreeMap<(FileId, u32), Touch>,
     /// By their serial numbers.
     order: BTreeMap<u64, (FileId, u32)>,
@@ -146,22 +152,27 @@ struct Loss {
 
 impl Files {
     /// Files of this file system come from now on; they are on this disk.
-    pub fn watch(&mut self, volume: u64, disk: Disk) {
+    pub fn watch(&mut self, volume: DeviceNumber, disk: Disk) {
         self.disks.insert(volume, disk);
     }
 
     /// Nothing more comes of this file system. What waits is told at once; so is what was moved of files that are still
     /// open: their size is not known.
-    pub fn unwatch(&mut self, volume: u64, now: &Now) {
+    pub fn unwatch(&mut self, volume: DeviceNumber, now: &Now) {
         let of_volume = |key: &(FileId, u32)| key.0.volume == volume;
         let open: Vec<_> = self.touches.keys().copied().filter(of_volume).collect();
         for key in open {
             self.end_touch(key, None, now);
         }
+        self.hasten(volume);
+        self.disks.remove(&volume);
+    }
+
+    /// What waits of this file system is told at once.
+    pub fn hasten(&mut self, volume: DeviceNumber) {
         let due: Vec<_> = self.due.iter().map(|(_, key)| *key).filter(|key| key.0.volume == volume).collect();
         self.due.retain(|(_, key)| key.0.volume != volume);
         due.into_iter().for_each(|key| self.tell(key));
-        self.disks.remove(&volume);
     }
 
     /// True when nothing is known of where the file is that this process uses.
@@ -169,21 +180,22 @@ impl Files {
         self.touches.get(&(file, pid)).is_none_or(|touch| touch.place.is_none())
     }
 
-    /// Takes in what happened to a file of a file system that is watched.
-    pub fn take(&mut self, event: FileEvent, now: &Now) {
-        let FileEvent { file, pid, happened, bytes, changed_wall_ns, place, who } = event;
+    /// Takes in what happened to a file of a file system that is watched. When it was closed after writing: by how many bytes
+    /// it has grown at least while the process had it open.
+    pub fn take(&mut self, event: FileEvent, now: &Now) -> Option<u64> {
+        let FileEvent { file, pid, happened, bytes, allocated, changed_wall_ns, place, who } = event;
         let known = self.touches.contains_key(&(file, pid));
         if !known {
-            self.begin(file, pid, happened.opened, now);
+            self.begin(file, pid, (happened.opened, bytes, allocated), now);
         }
         let by_others = self.of_file(file).any(|(other, touch)| other != pid && touch.written);
-        let Some(touch) = self.touches.get_mut(&(file, pid)) else { return };
+        let Some(touch) = self.touches.get_mut(&(file, pid)) else { return None };
         touch.read |= happened.read;
         touch.written |= happened.written;
         touch.place = place.or(touch.place.take());
         touch.who = who.or(touch.who.take());
         if !happened.closed() {
-            return;
+            return None;
         }
         if happened.closed_after_writing && !by_others {
             // Who had it open before anybody looked may have written then.
@@ -194,6 +206,8 @@ impl Files {
         // A descriptor may be closed by another process than the one that opened it: parents and children share them. Then
         // nobody else will tell of those who had it, nor of those who used one that they had got.
         let shared = !touch.opened;
+        let grown = bytes.saturating_sub(touch.bytes).min(allocated.saturating_sub(touch.allocated));
+        let grown = (touch.opened && touch.written).then_some(grown);
         let of_file = self.of_file(file);
         let ended: Vec<_> = of_file
             .filter(|(other, touch)| *other == pid || shared || !touch.opened)
@@ -202,6 +216,7 @@ impl Files {
         for key in ended {
             self.end_touch(key, Some(bytes), now);
         }
+        grown
     }
 
     /// The kernel's queue was full: files are missing since `complete_until_wall_ns`, the last time at which none was.
@@ -250,7 +265,7 @@ impl Files {
         self.touches.range((file, 0)..=(file, u32::MAX)).map(|((_, pid), touch)| (*pid, touch))
     }
 
-    fn begin(&mut self, file: FileId, pid: u32, opened: bool, now: &Now) {
+    fn begin(&mut self, file: FileId, pid: u32, found: (bool, u64, u64), now: &Now) {
         if self.touches.len() >= MAX_OPEN
             && let Some((_, oldest)) = self.order.pop_first()
             && self.touches.remove(&oldest).is_some_and(|touch| touch.moved().is_some())
@@ -260,10 +275,13 @@ impl Files {
         let serial = self.serial;
         self.serial += 1;
         self.order.insert(serial, (file, pid));
+        let (opened, bytes, allocated) = found;
         let touch = Touch {
             serial,
             opened,
             since_wall_ns: now.wall_ns,
+            bytes,
+            allocated,
             read: false,
             written: false,
             place: None,

@@ -25,6 +25,8 @@ use rustix::net::{
 use rustix::thread::CapabilitySet;
 
 use super::fanotify::{MountPoint, WatchError, mark};
+use super::stack::{disks_below, mounted_from};
+use super::sysfs::{MountList, SysBlocks};
 
 /// What the process keeps of root's rights.
 pub const CAPABILITIES: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::DAC_READ_SEARCH);
@@ -145,6 +147,7 @@ fn understood(answer: &[u8], group: Option<OwnedFd>) -> io::Result<Result<OwnedF
         (1, _) => Ok(Err(WatchError::Group(error()))),
         (2, _) => Ok(Err(WatchError::Open(error()))),
         (3, _) => Ok(Err(WatchError::Hidden)),
+        (5, _) => Ok(Err(WatchError::NotUsb)),
         (4, _) => Ok(Err(WatchError::Mark(error()))),
         _ => Err(Errno::BADMSG.into()),
     }
@@ -158,16 +161,18 @@ fn put(result: &Result<OwnedFd, WatchError>) -> (u8, i32) {
         Err(WatchError::Open(error)) => (2, errno(error)),
         Err(WatchError::Hidden) => (3, 0),
         Err(WatchError::Mark(error)) => (4, errno(error)),
+        Err(WatchError::NotUsb) => (5, 0),
         // None of them comes from `mark`.
-        Err(WatchError::Marker(_) | WatchError::Metadata(_) | WatchError::Read(_)) => (5, 0),
+        Err(WatchError::Marker(_) | WatchError::Metadata(_) | WatchError::Read(_)) => (6, 0),
     }
 }
 
-/// Serves the agent at the other end of the socket until that one is gone. Rights are the caller's to give up.
+/// Serves the agent at the other end of the socket until that one is gone. What is not `allowed` is refused: whoever took the
+/// agent over is not to read what users open elsewhere. Rights are the caller's to give up.
 ///
 /// # Errors
 /// When it is not a socket of the agent's.
-pub fn serve(socket: BorrowedFd<'_>) -> io::Result<()> {
+pub fn serve(socket: BorrowedFd<'_>, allowed: impl Fn(&MountPoint) -> bool) -> io::Result<()> {
     // One more byte: what is longer is no question.
     let mut question = [0; QUESTION + 1];
     loop {
@@ -179,7 +184,7 @@ pub fn serve(socket: BorrowedFd<'_>) -> io::Result<()> {
         };
         let question = question.get(..length).filter(|question| question.len() <= QUESTION);
         let Some((asked, place)) = question.and_then(read) else { return Err(Errno::BADMSG.into()) };
-        let result = mark(&place);
+        let result = if allowed(&place) { mark(&place) } else { Err(WatchError::NotUsb) };
         let (step, errno) = put(&result);
         let answer = [&asked[..], &[step], &errno.to_ne_bytes()].concat();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -195,10 +200,82 @@ pub fn serve(socket: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
+/// True when what is mounted there is on a USB disk, whatever stands between.
+pub fn is_on_usb(place: &MountPoint) -> bool {
+    let Ok(mounts) = MountList::open().and_then(|mut list| list.read()) else { return false };
+    let Some(mount) = mounts.list.iter().find(|mount| mount.id == place.mount_id) else { return false };
+    let below = disks_below(&mounted_from(mount, &SysBlocks), &SysBlocks, &mounts);
+    below.iter().any(|devpath| below_usb(devpath))
+}
+
+/// A USB bus is `usb` and its number, wherever the controller is.
+fn below_usb(devpath: &[u8]) -> bool {
+    let is_bus = |name: &[u8]| {
+        name.strip_prefix(b"usb")
+            .is_some_and(|number| !number.is_empty() && number.iter().all(u8::is_ascii_digit))
+    };
+    devpath.split(|byte| *byte == b'/').any(is_bus)
+}
+
 fn read(question: &[u8]) -> Option<([u8; 8], MountPoint)> {
     let (asked, rest) = question.split_first_chunk()?;
     let (mount_id, path) = rest.split_first_chunk()?;
     let path = PathBuf::from(OsStr::from_bytes(path));
     let absolute = path.is_absolute();
     absolute.then(|| (*asked, MountPoint { mount_id: u32::from_ne_bytes(*mount_id), path }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the process at the other end answers to questions about `/`, which it may not mark.
+    #[test]
+    fn what_is_not_on_usb_is_refused_and_nothing_but_a_question_is_taken() {
+        let pair =
+            || socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (ours, theirs) = pair();
+        let server = std::thread::spawn(move || serve(theirs.as_fd(), is_on_usb));
+        let child = Command::new("true").spawn().unwrap();
+        let marker = Marker { state: Mutex::new(State { socket: ours, asked: 0, child }) };
+        for mount_id in [0, u32::MAX] {
+            let refused = marker.mark(&MountPoint { mount_id, path: "/".into() });
+            assert!(matches!(refused, Err(WatchError::NotUsb)), "{refused:?}");
+        }
+        drop(marker);
+        server.join().unwrap().unwrap();
+
+        for wrong in [&b"short"[..], b"\0\0\0\0\0\0\0\0\x01\0\0\0relative", &[b'/'; QUESTION + 1]] {
+            let (ours, theirs) = pair();
+            rustix::net::send(&ours, wrong, SendFlags::NOSIGNAL).unwrap();
+            assert_eq!(
+                Errno::from_io_error(&serve(theirs.as_fd(), |_| true).unwrap_err()),
+                Some(Errno::BADMSG)
+            );
+        }
+    }
+
+    #[test]
+    fn an_answer_without_a_group_or_of_an_unknown_kind_is_none() {
+        for answer in [&[0, 0, 0, 0, 0][..], &[9, 0, 0, 0, 0], &[]] {
+            assert!(understood(answer, None).is_err());
+        }
+        let refused = understood(&[4, 1, 0, 0, 0], None).unwrap().unwrap_err();
+        assert!(matches!(refused, WatchError::Mark(error) if error.raw_os_error() == Some(1)));
+    }
+
+    #[test]
+    fn usb_is_told_by_its_bus() {
+        assert!(below_usb(
+            b"/devices/pci0000:00/0000:00:14.0/usb2/2-1/2-1:1.0/host6/target6:0:0/6:0:0:0/block/sdb"
+        ));
+        assert!(below_usb(b"/devices/platform/dummy_hcd.0/usb5/5-1/block/sdb"));
+        for other in [
+            &b"/devices/pci0000:00/0000:00:17.0/ata1/host0/block/sda"[..],
+            b"/devices/usb/x",
+            b"/devices/virtual/block/usbx1",
+        ] {
+            assert!(!below_usb(other));
+        }
+    }
 }

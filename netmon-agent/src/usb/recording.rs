@@ -3,7 +3,7 @@
 //! A thread of its own: a file system in user space may hold up whoever opens its files, and the devices are to be followed
 //! nevertheless.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use super::UsbOutput;
 use super::fanotify::{Group, MountPoint, Seen, WatchError, mark};
 use super::files::{FileEvent, FileId, Files};
 use super::marker::Marker;
+use super::mounts::DeviceNumber;
 use super::processes::{self, Processes};
 use super::users::Users;
 use crate::clock::Now;
@@ -35,6 +36,7 @@ pub enum FileNames {
 }
 
 impl FileNames {
+    /// Not to be asked where they are switched off.
     fn mark(&self, place: &MountPoint) -> Result<OwnedFd, WatchError> {
         match self {
             Self::SwitchedOff | Self::Own => mark(place),
@@ -43,19 +45,40 @@ impl FileNames {
     }
 }
 
+/// Files closed after writing that may wait for [`Recording::closed`].
+const CLOSED: usize = 4_096;
+/// Between two looks at whether what is mounted no longer is gone for good.
+const LEAVING_NS: u64 = 1_000_000_000;
+
 /// A running thread. Dropping it lets it tell what waits, and waits for its end.
 #[derive(Debug)]
 pub struct Recording {
     commands: Option<commands::Sender<Command>>,
+    closed: commands::Receiver<Closed>,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
+    recorded: BTreeSet<DeviceNumber>,
 }
 
 #[derive(Debug)]
 enum Command {
-    Watch { volume: u64, places: Vec<MountPoint>, disk: Disk },
-    Unwatch { volume: u64 },
+    Watch(ToRecord),
+    Unwatch(DeviceNumber),
 }
+
+/// A mounted file system whose files are to be recorded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToRecord {
+    /// Its number.
+    pub volume: DeviceNumber,
+    /// All places at which it is mounted: the first one that can be used is used.
+    pub places: Vec<MountPoint>,
+    /// The disk that it is on.
+    pub disk: Disk,
+}
+
+/// A file that was closed after writing: file system, inode, bytes by which it has grown meanwhile at least.
+pub type Closed = (DeviceNumber, u64, u64);
 
 impl Recording {
     /// Starts to record what goes to `outputs`.
@@ -65,12 +88,14 @@ impl Recording {
     pub fn start(names: FileNames, outputs: mpsc::Sender<UsbOutput>) -> io::Result<Self> {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let (commands, received) = commands::channel();
+        let (closing, closed) = commands::sync_channel(CLOSED);
         let woken = Arc::clone(&wake);
         let thread = thread::Builder::new().name("usb-files".into()).spawn(move || {
             let thread = Thread {
                 names,
                 outputs,
                 commands: received,
+                closing,
                 wake: woken,
                 watched: BTreeMap::new(),
                 files: Files::default(),
@@ -79,18 +104,23 @@ impl Recording {
             };
             thread.run();
         })?;
-        Ok(Self { commands: Some(commands), wake, thread: Some(thread) })
+        let recorded = BTreeSet::new();
+        Ok(Self { commands: Some(commands), closed, wake, thread: Some(thread), recorded })
     }
 
-    /// Records from now on what happens to the files of a file system. `volume` is the caller's number for it; `places` are all
-    /// places at which it is mounted: the first one that can be used is used.
-    pub fn watch(&self, volume: u64, places: Vec<MountPoint>, disk: Disk) {
-        self.command(Command::Watch { volume, places, disk });
+    /// Records what happens to the files of these file systems, and of no others. To be called whenever something was mounted
+    /// or unmounted, even if it is the same as before: it may have been mounted anew.
+    pub fn update(&mut self, mounted: Vec<ToRecord>) {
+        let volumes: BTreeSet<_> = mounted.iter().map(|to_record| to_record.volume).collect();
+        for gone in std::mem::replace(&mut self.recorded, volumes).difference(&self.recorded) {
+            self.command(Command::Unwatch(*gone));
+        }
+        mounted.into_iter().for_each(|to_record| self.command(Command::Watch(to_record)));
     }
 
-    /// The file system is not mounted any more.
-    pub fn unwatch(&self, volume: u64) {
-        self.command(Command::Unwatch { volume });
+    /// Files that were closed after writing since the last call. Where there are very many, not all of them.
+    pub fn closed(&self) -> impl Iterator<Item = Closed> {
+        self.closed.try_iter()
     }
 
     fn command(&self, command: Command) {
@@ -119,17 +149,21 @@ impl Drop for Recording {
 struct Dropped;
 
 struct Watched {
-    group: Group,
+    /// `None`: it cannot be watched, or is not to be.
+    group: Option<Group>,
     /// The last time at which the queue was empty.
     complete_until_wall_ns: i64,
+    /// It is mounted no longer, as far as the agent sees: its files may still be open, or it is mounted in another namespace.
+    leaving: bool,
 }
 
 struct Thread {
     names: FileNames,
     outputs: mpsc::Sender<UsbOutput>,
     commands: commands::Receiver<Command>,
+    closing: commands::SyncSender<Closed>,
     wake: Arc<OwnedFd>,
-    watched: BTreeMap<u64, Watched>,
+    watched: BTreeMap<DeviceNumber, Watched>,
     files: Files,
     processes: Processes,
     users: Users,
@@ -142,8 +176,7 @@ impl Thread {
 
     /// False when it is time to end.
     fn turn(&mut self) -> Result<bool, Dropped> {
-        let readable = self.wait();
-        for volume in readable {
+        for volume in self.wait() {
             self.take(volume)?;
         }
         let goes_on = self.obey()?;
@@ -157,46 +190,44 @@ impl Thread {
         Ok(goes_on)
     }
 
-    /// Waits for something to do; the file systems of which something is known.
-    fn wait(&self) -> Vec<u64> {
+    /// Waits for something to do; the file systems of which the kernel may have something to say.
+    fn wait(&self) -> Vec<DeviceNumber> {
         let now = Now::read();
-        let left = self.files.due_ns().map(|due_ns| due_ns.saturating_sub(now.boot_ns));
+        let due = self.files.due_ns().map(|due_ns| due_ns.saturating_sub(now.boot_ns));
+        let leaving = self.watched.values().any(|watched| watched.leaving).then_some(LEAVING_NS);
+        let left = [due, leaving].into_iter().flatten().min();
         let timeout = left.map(|left| Timespec {
             tv_sec: (left / 1_000_000_000) as i64,
             tv_nsec: (left % 1_000_000_000) as i64,
         });
-        let mut fds = vec![PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
-        fds.extend(
+        let groups = || {
             self.watched
-                .values()
-                .map(|watched| PollFd::from_borrowed_fd(watched.group.as_fd(), PollFlags::IN)),
-        );
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) => {
-                let ready = fds[1..].iter().map(|fd| !fd.revents().is_empty());
-                self.watched
-                    .keys()
-                    .zip(ready)
-                    .filter(|(_, ready)| *ready)
-                    .map(|(volume, _)| *volume)
-                    .collect()
-            }
-            // ENOMEM, EINTR: all of them are looked at.
-            Err(_) => self.watched.keys().copied().collect(),
-        }
+                .iter()
+                .filter_map(|(volume, watched)| Some((watched, *volume, watched.group.as_ref()?)))
+        };
+        let mut fds = vec![PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN)];
+        fds.extend(groups().map(|(_, _, group)| PollFd::from_borrowed_fd(group.as_fd(), PollFlags::IN)));
+        // ENOMEM, EINTR: all of them are looked at.
+        let failed = poll(&mut fds, timeout.as_ref()).is_err();
+        let ready = fds[1..].iter().map(|fd| failed || !fd.revents().is_empty());
+        let looked_at = groups().zip(ready).filter(|((watched, ..), ready)| *ready || watched.leaving);
+        looked_at.map(|((_, volume, _), _)| volume).collect()
     }
 
     /// Takes what the kernel has to say of a file system.
-    fn take(&mut self, volume: u64) -> Result<(), Dropped> {
+    fn take(&mut self, volume: DeviceNumber) -> Result<(), Dropped> {
         let Some(watched) = self.watched.get_mut(&volume) else { return Ok(()) };
+        let Some(group) = &watched.group else { return Ok(()) };
+        // Asked before the events are taken: a file system that is gone has no more of them.
+        let gone = watched.leaving && !group.is_marked();
         let files = &self.files;
         let file = |device, inode| FileId { volume, device, inode };
-        let turn = watched.group.take(|device, inode, pid| files.wants_place(file(device, inode), pid));
+        let turn = group.take(|device, inode, pid| files.wants_place(file(device, inode), pid));
         let now = Now::read();
         let turn = match turn {
             Ok(turn) => turn,
             Err(error) => {
-                self.watched.remove(&volume);
+                watched.group = None;
                 self.files.unwatch(volume, &now);
                 return self.not_watched(&error, &now);
             }
@@ -208,13 +239,20 @@ impl Thread {
             watched.complete_until_wall_ns = now.wall_ns;
         }
         self.files.unopened(turn.unopened, &now);
-        for Seen { device, inode, pid, happened, bytes, changed_wall_ns, place } in turn.seen {
+        for Seen { device, inode, pid, happened, bytes, allocated, changed_wall_ns, place } in turn.seen {
             let who = self.processes.who(pid, happened, now.boot_ns, processes::read);
             if let Some(who) = &who {
                 self.users.ask(who.uid, now.boot_ns);
             }
             let file = file(device, inode);
-            self.files.take(FileEvent { file, pid, happened, bytes, changed_wall_ns, place, who }, &now);
+            let event = FileEvent { file, pid, happened, bytes, allocated, changed_wall_ns, place, who };
+            if let Some(grown) = self.files.take(event, &now) {
+                // Where nobody takes them, or not fast enough, less is known.
+                let _ = self.closing.try_send((volume, inode, grown));
+            }
+        }
+        if gone && turn.emptied {
+            self.forget(volume)?;
         }
         Ok(())
     }
@@ -225,8 +263,8 @@ impl Thread {
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         loop {
             match self.commands.try_recv() {
-                Ok(Command::Watch { volume, places, disk }) => self.watch(volume, &places, disk)?,
-                Ok(Command::Unwatch { volume }) => self.unwatch(volume)?,
+                Ok(Command::Watch(to_record)) => self.watch(to_record)?,
+                Ok(Command::Unwatch(volume)) => self.leave(volume)?,
                 Err(commands::TryRecvError::Empty) => return Ok(true),
                 Err(commands::TryRecvError::Disconnected) => {
                     for volume in self.watched.keys().copied().collect::<Vec<_>>() {
@@ -238,33 +276,64 @@ impl Thread {
         }
     }
 
-    fn watch(&mut self, volume: u64, places: &[MountPoint], disk: Disk) -> Result<(), Dropped> {
-        let mut result = Err(WatchError::Hidden);
-        if !matches!(self.names, FileNames::SwitchedOff) {
-            for place in places {
-                result = self.names.mark(place);
-                if result.is_ok() {
-                    break;
-                }
+    fn watch(&mut self, to_record: ToRecord) -> Result<(), Dropped> {
+        let ToRecord { volume, places, disk } = to_record;
+        let watched = self.watched.get(&volume);
+        let is_new = watched.is_none_or(|watched| watched.leaving);
+        if let Some(watched) = watched {
+            // The same number does not mean the same file system: it may have been mounted anew.
+            if !watched.leaving && watched.group.as_ref().is_some_and(Group::is_marked) {
+                return Ok(());
             }
+            self.take(volume)?;
+            self.forget(volume)?;
         }
+        let result = match self.names {
+            FileNames::SwitchedOff => None,
+            _ => Some(self.mark(&places)),
+        };
         let now = Now::read();
-        match result {
-            Ok(group) => {
-                let group = Group::new(group);
-                self.watched.insert(volume, Watched { group, complete_until_wall_ns: now.wall_ns });
+        let mut watched = Watched { group: None, complete_until_wall_ns: now.wall_ns, leaving: false };
+        let said = match result {
+            Some(Ok(group)) => {
+                watched.group = Some(Group::new(group));
                 self.files.watch(volume, disk);
                 Ok(())
             }
-            Err(_) if matches!(self.names, FileNames::SwitchedOff) => {
-                self.unseen(FilesUnseen::SwitchedOff, &now)
-            }
-            Err(error) => self.not_watched(&error, &now),
-        }
+            // What is tried again is said once.
+            Some(Err(error)) if is_new => self.not_watched(&error, &now),
+            None if is_new => self.unseen(FilesUnseen::SwitchedOff, &now),
+            Some(Err(_)) | None => Ok(()),
+        };
+        self.watched.insert(volume, watched);
+        said
     }
 
-    fn unwatch(&mut self, volume: u64) -> Result<(), Dropped> {
+    fn mark(&self, places: &[MountPoint]) -> Result<OwnedFd, WatchError> {
+        let mut result = Err(WatchError::Hidden);
+        for place in places {
+            result = self.names.mark(place);
+            if result.is_ok() {
+                break;
+            }
+        }
+        result
+    }
+
+    fn leave(&mut self, volume: DeviceNumber) -> Result<(), Dropped> {
         self.take(volume)?;
+        let Some(watched) = self.watched.get_mut(&volume) else { return Ok(()) };
+        watched.leaving = true;
+        let marked = watched.group.as_ref().is_some_and(Group::is_marked);
+        if !marked {
+            self.forget(volume)?;
+        }
+        let now = Now::read();
+        self.files.hasten(volume);
+        self.tell(&now)
+    }
+
+    fn forget(&mut self, volume: DeviceNumber) -> Result<(), Dropped> {
         self.watched.remove(&volume);
         let now = Now::read();
         self.files.unwatch(volume, &now);

@@ -24,8 +24,12 @@ const WRITTEN: Happened = Happened { written: true, ..NOTHING };
 const CLOSED: Happened = Happened { closed_after_reading: true, ..NOTHING };
 const CLOSED_WRITER: Happened = Happened { closed_after_writing: true, ..NOTHING };
 
+fn number(minor: u32) -> DeviceNumber {
+    DeviceNumber { major: 8, minor }
+}
+
 fn id(inode: u64) -> FileId {
-    FileId { volume: 1, device: 0x811, inode }
+    FileId { volume: number(1), device: 0x811, inode }
 }
 
 /// An event of a file that was changed long ago.
@@ -35,6 +39,7 @@ fn event(inode: u64, pid: u32, happened: Happened) -> FileEvent {
         pid,
         happened,
         bytes: 5_000,
+        allocated: 8_192,
         changed_wall_ns: WALL - 3_600 * SECOND_NS as i64,
         place: Some(Place { directory: "/media/USB".into(), name: Raw::new(format!("file{inode}")) }),
         who: Some(Who { program: "cp".into(), uid: 1005 }),
@@ -43,7 +48,7 @@ fn event(inode: u64, pid: u32, happened: Happened) -> FileEvent {
 
 fn watched() -> Files {
     let mut files = Files::default();
-    files.watch(1, stick());
+    files.watch(number(1), stick());
     files
 }
 
@@ -185,7 +190,9 @@ fn a_program_that_is_gone_is_whoever_it_was_seen_to_be_before_or_unknown() {
     let gone = |happened| FileEvent { who: None, place: None, ..event(1, 7, happened) };
     let program = |events: [FileEvent; 2]| {
         let mut files = watched();
-        events.into_iter().for_each(|event| files.take(event, &at(0)));
+        for event in events {
+            files.take(event, &at(0));
+        }
         files.handle_timeout(&at(1_000));
         let Some(Event::UsbFile(file)) = files.poll() else { panic!("no file") };
         (file.program, file.uid, file.pid, file.name)
@@ -261,14 +268,14 @@ fn a_full_queue_is_one_gap_of_unknown_count_since_the_queue_was_empty_last() {
 #[test]
 fn the_end_of_a_watch_tells_what_waits_and_what_is_still_open() {
     let mut files = watched();
-    files.watch(2, Disk { name: "sdc".into(), ..stick() });
+    files.watch(number(2), Disk { name: "sdc".into(), ..stick() });
     files.take(event(1, 7, Happened { opened: true, written: true, ..CLOSED_WRITER }), &at(0));
     files.take(event(2, 7, Happened { opened: true, ..WRITTEN }), &at(0));
     files.take(event(3, 7, OPENED), &at(0));
     let mut other = event(4, 7, Happened { opened: true, read: true, ..CLOSED });
-    other.file.volume = 2;
+    other.file.volume = number(2);
     files.take(other, &at(0));
-    files.unwatch(1, &at(1));
+    files.unwatch(number(1), &at(1));
     let found: Vec<_> = told(&mut files).into_iter().map(line).collect();
     let written = |name: &str, bytes| (name.to_owned(), FileAccess::Written, 7, bytes);
     assert_eq!(found, [written("file1", Some(5_000)), written("file2", None)]);
@@ -311,4 +318,21 @@ fn a_path_is_a_directory_and_a_name_of_which_the_ends_are_kept() {
     let (directory, name) = place(&long, false);
     assert_eq!((directory, name.len()), (vec![b'd'; 255], 255));
     assert!(name.ends_with(b"n.pdf"));
+}
+
+#[test]
+fn what_a_file_has_grown_by_is_known_when_it_is_closed() {
+    let grown = |opened: Happened, first: (u64, u64), last: (u64, u64)| {
+        let mut files = watched();
+        let sized = |(bytes, allocated), happened| FileEvent { bytes, allocated, ..event(1, 7, happened) };
+        assert_eq!(files.take(sized(first, opened), &at(0)), None);
+        files.take(sized(last, CLOSED_WRITER), &at(1))
+    };
+    let written = Happened { opened: true, ..WRITTEN };
+    assert_eq!(grown(written, (0, 0), (5_000, 8_192)), Some(5_000));
+    assert_eq!(grown(written, (5_000, 8_192), (9_000, 12_288)), Some(4_000));
+    assert_eq!(grown(written, (0, 0), (1 << 30, 4_096)), Some(4_096), "the rest is holes");
+    assert_eq!(grown(written, (5_000, 8_192), (10, 4_096)), Some(0), "it was cut");
+    assert_eq!(grown(WRITTEN, (0, 0), (5_000, 8_192)), None, "not seen from its beginning");
+    assert_eq!(grown(OPENED, (0, 0), (5_000, 8_192)), None, "by somebody else");
 }
