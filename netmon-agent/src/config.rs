@@ -26,6 +26,8 @@ pub struct Config {
     pub capture: Capture,
     /// What makes no transfer lines.
     pub filter: Filter,
+    /// What is recorded of USB.
+    pub usb: Usb,
     /// The PC's own logs.
     pub log: Log,
     /// What waits for the server.
@@ -112,6 +114,20 @@ impl TryFrom<String> for ServicePort {
             _ => return Err(format!("`{}` is not a service: write udp/53 or tcp/53", text.escape_debug())),
         };
         Ok(Self(service))
+    }
+}
+
+/// `[usb]`
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Usb {
+    /// Whether names of files on USB disks are recorded when they are read or written, with the program and the user.
+    pub files: bool,
+}
+
+impl Default for Usb {
+    fn default() -> Self {
+        Self { files: true }
     }
 }
 

@@ -11,6 +11,8 @@ pub const GROUP: &str = "group";
 pub const OWN: &str = "netmon";
 /// Ledger label of bursts that only acknowledged or were refused.
 pub const NO_PAYLOAD: &str = "no-payload";
+/// Ledger label of what was read from USB disks before anything of them was mounted.
+pub const USB_PROBE: &str = "usb:probe";
 /// Ledger label of what could not be followed because too many transfers went on.
 pub const OVERFLOW: &str = "overflow";
 

@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io::{IsTerminal, Read};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
@@ -13,6 +15,8 @@ use netmon_agent::filter::FilterError;
 use netmon_agent::identity::EnrollError;
 use netmon_agent::kernel::{Sizes, WordLevel};
 use netmon_agent::run::{self, Paths, UsageError};
+use netmon_agent::usb::marker::{self, Marker};
+use netmon_agent::usb::recording::FileNames;
 use netmon_agent::{doctor, identity, kernel, privileges, status, words};
 use netmon_common::enroll::{Token, TokenError};
 use tracing_subscriber::EnvFilter;
@@ -100,6 +104,9 @@ enum Command {
         /// List of muted prefixes; read again when it changes [default: the ip.txt that came with this netmon]
         #[arg(long, env = "NETMON_FILTER_LIST", value_name = "FILE")]
         filter_list: Option<PathBuf>,
+        /// Whether to record which files of USB disks are read and written (docs/usb.md) [default: true]
+        #[arg(long, env = "NETMON_USB_FILES", value_name = "BOOL")]
+        usb_files: Option<bool>,
         /// What the kernel programs say of themselves on standard error, to find a fault (docs/bpftool.md) [default: off]
         #[arg(long, env = "NETMON_KERNEL_LOG", value_name = "LEVEL")]
         kernel_log: Option<WordLevel>,
@@ -127,6 +134,9 @@ enum Command {
     },
     /// Check whether this PC can be watched, and say what to do where it cannot
     Doctor,
+    /// The process that marks file systems for a running agent, which starts it
+    #[command(name = marker::SUBCOMMAND, hide = true)]
+    UsbMarks,
 }
 
 fn flows() -> clap::builder::RangedU64ValueParser {
@@ -183,7 +193,7 @@ fn command(cli: Cli) -> Result<ExitCode> {
         speak(WordLevel::Off);
     }
     match cli.command {
-        Command::Run { interfaces, mode, flows, filter_list, kernel_log } => {
+        Command::Run { interfaces, mode, flows, filter_list, usb_files, kernel_log } => {
             let mut config = Config::load(config.as_deref())?;
             if !interfaces.is_empty() {
                 config.capture.interfaces = interfaces;
@@ -197,6 +207,9 @@ fn command(cli: Cli) -> Result<ExitCode> {
             if filter_list.is_some() {
                 config.filter.list = filter_list;
             }
+            if let Some(files) = usb_files {
+                config.usb.files = files;
+            }
             if let Some(level) = kernel_log {
                 config.log.kernel = level;
             }
@@ -204,10 +217,11 @@ fn command(cli: Cli) -> Result<ExitCode> {
             let paths = Paths { state: state_dir, log: log_dir, runtime: runtime_dir };
             // Before the runtime's threads: they have the rights that this one has.
             kernel::prepare();
+            let files = if config.usb.files { file_names() } else { FileNames::SwitchedOff };
             let privileges = privileges::restrict(privileges::WATCHING)?;
             tracing::debug!(%privileges, "gave up the rest");
             // As a task: whoever drives the timers runs it, too. From here each timer would wake two threads.
-            runtime()?.block_on(async { tokio::spawn(run::run(config, paths)).await })??;
+            runtime()?.block_on(async { tokio::spawn(run::run(config, paths, files)).await })??;
             Ok(ExitCode::SUCCESS)
         }
         Command::Enroll { token_file, seat, replace } => {
@@ -237,6 +251,12 @@ fn command(cli: Cli) -> Result<ExitCode> {
             let watching = status.state == status::State::Watching;
             Ok(if watching { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
+        Command::UsbMarks => {
+            privileges::restrict(marker::CAPABILITIES)?;
+            marker::serve(std::io::stdin().as_fd(), marker::is_on_usb)
+                .context("cannot serve the agent; `netmon-agent run` starts this process")?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Doctor => {
             // It finds what `run` finds, with the rights of `run`.
             privileges::restrict(privileges::WATCHING)?;
@@ -245,6 +265,18 @@ fn command(cli: Cli) -> Result<ExitCode> {
             checks.iter().for_each(|check| print!("{check}"));
             let well = checks.iter().all(|check| !check.is_failure());
             Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+    }
+}
+
+/// With the rights that are still there, and that a process of its own keeps.
+fn file_names() -> FileNames {
+    match std::env::current_exe().and_then(|agent| Marker::start(&agent)) {
+        Ok(marker) => FileNames::Marker(Arc::new(marker)),
+        Err(error) => {
+            tracing::error!(%error, "no process that marks file systems: files on USB disks are not recorded");
+            // With the rights that are left nothing can be marked, and that is recorded.
+            FileNames::Own
         }
     }
 }

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use futures_util::FutureExt;
 use jiff::tz::TimeZone;
 use netmon_common::raw::Raw;
 use netmon_common::wire::Heartbeat;
@@ -26,6 +25,7 @@ use crate::spool::{Spool, SpoolHandle};
 use crate::supervisor::Supervisor;
 use crate::timer::BootTimer;
 use crate::uplink::{self, Introduction, Sources, UplinkStatus};
+use crate::usb::recording::FileNames;
 use crate::usb::{self, UsbOutput, UsbWatch};
 use crate::watch::{Start, Watch};
 use crate::words::{Listener, Teller};
@@ -79,7 +79,7 @@ enum Wake {
 ///
 /// # Errors
 /// What prevents the start. Once it watches it goes on, whatever fails, and reports it.
-pub async fn run(config: Config, paths: Paths) -> Result<()> {
+pub async fn run(config: Config, paths: Paths, files: FileNames) -> Result<()> {
     // First: a signal must not end a start halfway.
     let mut stop = StopSignals::new()?;
     let choice = Choice::new(&config.capture.interfaces).map_err(UsageError::Interface)?;
@@ -128,7 +128,7 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     };
     let sources = Sources { spool: spool.clone(), heartbeat: beats, introduction };
     let uplink = Uplink::start(&paths.state.join("identity"), sources);
-    let mut usb = Usb::start();
+    let mut usb = Usb::start(files);
     let mut links = follow_links();
 
     let mut watch = Watch::start(Start {
@@ -183,7 +183,7 @@ pub async fn run(config: Config, paths: Paths) -> Result<()> {
     }
     supervisor.stopping();
     let now = Now::read();
-    while let Some(output) = usb.next().now_or_never() {
+    for output in usb.end().await {
         watch.usb(&now, output);
     }
     watch.stop(&now);
@@ -227,6 +227,7 @@ impl StopSignals {
 
 /// The USB watch, started again when it cannot be started or dies.
 struct Usb {
+    files: FileNames,
     watch: Option<UsbWatch>,
     /// Boot time of the next attempt to start it.
     retry_ns: u64,
@@ -238,14 +239,14 @@ impl Usb {
     /// Its thread may wait for a device that hangs; the agent's end does not.
     const END: Duration = Duration::from_secs(1);
 
-    fn start() -> Self {
+    fn start(files: FileNames) -> Self {
         let retry_ns = Now::read().boot_ns + Self::RETRY_NS;
-        let watch = usb::watch(usb::Options::default())
+        let watch = usb::watch(usb::Options { files: files.clone(), ..usb::Options::default() })
             .inspect_err(|error| {
                 tracing::error!(error = error as &dyn std::error::Error, "cannot watch USB, trying again");
             })
             .ok();
-        Self { watch, retry_ns }
+        Self { files, watch, retry_ns }
     }
 
     /// Cancel safe.
@@ -260,8 +261,24 @@ impl Usb {
         }
         let pause = self.retry_ns.saturating_sub(Now::read().boot_ns);
         tokio::time::sleep(Duration::from_nanos(pause)).await;
-        *self = Self::start();
+        *self = Self::start(self.files.clone());
         UsbOutput::Watching(false)
+    }
+
+    /// What the watch has still to say.
+    async fn end(&mut self) -> Vec<UsbOutput> {
+        let mut outputs = Vec::new();
+        if let Some(watch) = &mut self.watch {
+            watch.end();
+            let rest = async {
+                while let Some(output) = watch.next().await {
+                    outputs.push(output);
+                }
+            };
+            // What it has not said by then it will not say.
+            let _ = tokio::time::timeout(Self::END, rest).await;
+        }
+        outputs
     }
 
     async fn stop(self) {

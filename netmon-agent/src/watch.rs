@@ -6,9 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use ipnet::IpNet;
 use netmon_common::abi::Stats;
-use netmon_common::model::{
-    AgentStarted, Coverage, EndReason, Event, Filter, Gap, GapReason, Opened, Service, Traffic,
-};
+use netmon_common::model::{AgentStarted, Coverage, EndReason, Event, Filter, Gap, GapReason, Traffic};
 use netmon_common::prefixes::PrefixList;
 use netmon_common::raw::Raw;
 use netmon_common::wire::Heartbeat;
@@ -27,7 +25,7 @@ use crate::privileges::Privileges;
 use crate::recorder::Recorder;
 use crate::spool::{Recovered, SpoolHandle};
 use crate::status::{self, State, Status};
-use crate::transfers::{Activity, Key, Output, Through, Transfers};
+use crate::transfers::{Key, Output, Transfers};
 use crate::uplink::UplinkStatus;
 use crate::usb::UsbOutput;
 
@@ -308,6 +306,7 @@ impl Watch {
                 // A disk that had requests in flight and moved nothing.
                 Output::Discarded(traffic) if traffic == Traffic::default() => {}
                 Output::Discarded(traffic) => self.ledger.add(ledger::NO_PAYLOAD, traffic, 1),
+                Output::Probed(traffic) => self.ledger.add(ledger::USB_PROBE, traffic, 1),
                 Output::Overflow(traffic) => {
                     self.overflowed += 1;
                     self.ledger.add(ledger::OVERFLOW, traffic, 1);
@@ -413,15 +412,7 @@ impl Watch {
     pub fn usb(&mut self, now: &Now, output: UsbOutput) {
         match output {
             UsbOutput::Event { event, .. } => self.recorder.record(now, event),
-            UsbOutput::Disk(disk) => self.transfers.activity(Activity {
-                key: Key::Disk(disk.disk),
-                service: Service::Storage,
-                opened: Opened::Here,
-                interface: Through::default(),
-                first_ns: disk.first_boot_ns,
-                last_ns: disk.last_boot_ns,
-                traffic: disk.traffic,
-            }),
+            UsbOutput::Disk(activity) => self.transfers.disk(activity),
             UsbOutput::DiskGone { disk, .. } => {
                 self.transfers.end(&Key::Disk(disk), EndReason::DeviceRemoved)
             }

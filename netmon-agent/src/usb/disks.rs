@@ -22,8 +22,25 @@ pub struct DiskActivity {
     /// The sample that showed it, boot clock: the activity came before it.
     pub last_boot_ns: u64,
     /// What the disk completed in between: `rx` read from it, `tx` written to it; packets are I/O requests. All zero
-    /// when requests wait for the disk and none was completed.
+    /// when requests wait for the disk and none was completed, or when only `usage` changed.
     pub traffic: Traffic,
+    /// True when requests wait for the disk.
+    pub in_flight: bool,
+    /// How the disk is used from now on.
+    pub usage: Usage,
+}
+
+/// How a disk is used: what its reads and writes mean depends on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Usage {
+    /// No file system of it was mounted since it came.
+    #[default]
+    Fresh,
+    /// A file system that can be written to is mounted, or on its way to be unmounted: the page cache writes it back when
+    /// it likes to.
+    Writable,
+    /// Nothing of it can be in the page cache and not on the disk.
+    Unwritable,
 }
 
 /// Counters of a disk since it appeared (`/sys/block/*/stat`; kernel: Documentation/block/stat.rst).
@@ -57,7 +74,7 @@ impl Stat {
     }
 
     /// What was completed since `before`.
-    fn since(&self, before: &Self) -> Traffic {
+    pub fn since(&self, before: &Self) -> Traffic {
         /// The unit of the kernel's sector counts, whatever the disk's own sectors are.
         const SECTOR: u64 = 512;
         let bytes = |now: u64, before: u64| now.saturating_sub(before).saturating_mul(SECTOR);
@@ -94,6 +111,11 @@ impl Meter {
         &self.disk
     }
 
+    /// What it has completed, by the last sample.
+    pub fn counted(&self) -> Stat {
+        self.counted
+    }
+
     /// What the disk did since the last sample, if anything.
     pub fn sample(&mut self, stat: Stat, boot_ns: u64) -> Option<DiskActivity> {
         let traffic = stat.since(&self.counted);
@@ -105,6 +127,8 @@ impl Meter {
             first_boot_ns,
             last_boot_ns: boot_ns,
             traffic,
+            in_flight: stat.in_flight > 0,
+            usage: Usage::default(),
         })
     }
 }
@@ -157,7 +181,7 @@ mod tests {
     fn requests_that_wait_for_the_disk_are_activity() {
         let mut meter = Meter::new(disk(), Stat::default(), 1_000);
         let waiting = meter.sample(stat(0, 0, 0, 0, 3), 2_000).unwrap();
-        assert_eq!(waiting.traffic, Traffic::default());
+        assert_eq!((waiting.traffic, waiting.in_flight), (Traffic::default(), true));
         assert_eq!(waiting.disk, disk());
     }
 

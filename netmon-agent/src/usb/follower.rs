@@ -1,21 +1,29 @@
 //! The thread behind [`super::UsbWatch`]: one loop that moves messages and samples to where they are decided on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use netmon_common::model::{Disk, Event, Gap, GapReason};
+use netmon_common::model::{Disk, Event, Gap, GapReason, Traffic, UsbVolume, VolumeChange};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use super::devices::Devices;
-use super::disks::SAMPLE_PERIOD;
+use super::disks::{DiskActivity, SAMPLE_PERIOD, Usage};
+use super::fanotify::MountPoint;
 use super::functions::Functions;
 use super::message::{Action, Kind, Message, disk_bytes, last_of};
 use super::monitor::{Monitor, Received, Source, disk_size, list};
+use super::mounted::{Counters as _, Mounted};
+use super::recording::{Recording, ToRecord};
 use super::sampler::{CountFrom, Sampled, Sampler};
+use super::sysfs::{MountList, SysBlocks};
+use super::volumes;
 use super::{Options, UsbOutput};
 use crate::clock::Now;
 
@@ -35,6 +43,14 @@ pub(super) struct Follower {
     devices: Devices,
     functions: Functions,
     sampler: Sampler,
+    mounted: Mounted,
+    /// How disks are used, as it was said last; those that are not in it are fresh.
+    usages: BTreeMap<Vec<u8>, Usage>,
+    /// `None` where there can be no thread for it.
+    recording: Option<Recording>,
+    mount_list: Option<MountList>,
+    /// What is mounted may have changed, or a disk came, since it was looked at.
+    mounts_changed: bool,
     monitor: Option<Monitor>,
     /// Messages were lost and the devices were not listed since.
     lost: bool,
@@ -51,6 +67,9 @@ pub(super) struct Follower {
 impl Follower {
     pub(super) fn new(options: Options, outputs: mpsc::Sender<UsbOutput>, stop: Arc<OwnedFd>) -> Self {
         let now = Now::read();
+        let recording = Recording::start(options.files.clone(), outputs.clone())
+            .inspect_err(|error| tracing::error!(%error, "files on USB disks cannot be recorded"))
+            .ok();
         Self {
             options,
             outputs,
@@ -58,6 +77,11 @@ impl Follower {
             devices: Devices::default(),
             functions: Functions::default(),
             sampler: Sampler::default(),
+            mounted: Mounted::default(),
+            usages: BTreeMap::new(),
+            recording,
+            mount_list: None,
+            mounts_changed: false,
             monitor: None,
             lost: false,
             started: false,
@@ -80,15 +104,17 @@ impl Follower {
         while !self.wait() {
             self.drain()?;
             self.check_source()?;
+            self.check_mounts(VolumeChange::Mounted)?;
             self.sample()?;
         }
         Ok(())
     }
 
     /// Waits for messages, the next sample or the next check. True when it is time to stop.
-    fn wait(&self) -> bool {
+    fn wait(&mut self) -> bool {
         let now = Now::read();
-        let mut left = if self.lost { Duration::ZERO } else { left_of(CHECK_PERIOD, self.checked, now) };
+        let at_once = self.lost || self.mounts_changed;
+        let mut left = if at_once { Duration::ZERO } else { left_of(CHECK_PERIOD, self.checked, now) };
         if !self.sampler.is_empty() {
             left = left.min(left_of(SAMPLE_PERIOD, self.sampled, now));
         }
@@ -97,8 +123,19 @@ impl Follower {
         if let Some(monitor) = &self.monitor {
             fds.push(PollFd::from_borrowed_fd(monitor.as_fd(), PollFlags::IN));
         }
+        // Where there is no USB disk, mounts are of no interest.
+        let mount_list = self.mount_list.as_ref().filter(|_| !self.sampler.is_empty());
+        if let Some(list) = mount_list {
+            fds.push(PollFd::from_borrowed_fd(list.as_fd(), PollFlags::PRI));
+        }
         match poll(&mut fds, Some(&timeout)) {
-            Ok(_) => !fds[0].revents().is_empty(),
+            Ok(_) => {
+                let mounts = fds.last().filter(|_| mount_list.is_some());
+                let changed = mounts.is_some_and(|fd| fd.revents().contains(PollFlags::PRI));
+                let stop = !fds[0].revents().is_empty();
+                self.mounts_changed |= changed;
+                stop
+            }
             Err(Errno::INTR) => false,
             Err(errno) => {
                 // EINVAL and ENOMEM are all that is left. Nothing can be awaited then; stop rather than spin.
@@ -115,6 +152,7 @@ impl Follower {
             return Ok(());
         }
         self.checked = now;
+        self.mounts_changed |= self.mount_list.is_none() && !self.sampler.is_empty();
         let available = Source::available();
         if self.monitor.as_ref().is_some_and(|monitor| monitor.source() == available) {
             return Ok(());
@@ -227,8 +265,9 @@ impl Follower {
         for disk in disks() {
             self.hold(disk, from, now)?;
         }
+        let is_new = if self.started { VolumeChange::Mounted } else { VolumeChange::Present };
         self.started = true;
-        Ok(())
+        self.check_mounts(is_new)
     }
 
     fn take_events(&mut self, events: Vec<Event>, now: Now) -> Result<(), Dropped> {
@@ -277,7 +316,10 @@ impl Follower {
             serial: device.serial.clone(),
         };
         match self.sampler.hold(&message.devpath, disk, from, now.boot_ns) {
-            Ok(()) => self.sample_now(now),
+            Ok(()) => {
+                self.mounts_changed = true;
+                self.sample_now(now)
+            }
             // Its removal is on the way.
             Err(error) if error.is_gone() => Ok(()),
             Err(error) => {
@@ -305,16 +347,118 @@ impl Follower {
 
     fn sample_now(&mut self, now: Now) -> Result<(), Dropped> {
         self.sampled = now;
+        self.take_closed();
         let found = self.sampler.sample(now.boot_ns);
-        self.send_samples(found, now)
+        self.send_samples(found, now)?;
+        if self.mounted.is_settling() {
+            let events = self.mounted.settle(&self.sampler, now.boot_ns);
+            self.send_volumes(events, now)?;
+            self.tell_usages(now)?;
+        }
+        Ok(())
     }
 
-    fn send_samples(&self, found: Vec<Sampled>, now: Now) -> Result<(), Dropped> {
+    fn send_samples(&mut self, found: Vec<Sampled>, now: Now) -> Result<(), Dropped> {
         for sampled in found {
-            self.send(match sampled {
-                Sampled::Activity(activity) => UsbOutput::Disk(activity),
-                Sampled::Gone(disk) => UsbOutput::DiskGone { boot_ns: now.boot_ns, disk },
-            })?;
+            match sampled {
+                Sampled::Activity { devpath, activity } => {
+                    let usage = self.usages.get(&devpath).copied().unwrap_or_default();
+                    self.send(UsbOutput::Disk(DiskActivity { usage, ..activity }))?;
+                }
+                Sampled::Gone { devpath, disk, counted } => {
+                    self.take_closed();
+                    let events = self.mounted.gone(&devpath, counted);
+                    self.usages.remove(&devpath);
+                    self.send_volumes(events, now)?;
+                    self.record_files();
+                    self.send(UsbOutput::DiskGone { boot_ns: now.boot_ns, disk })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at what is mounted, when that may have changed.
+    fn check_mounts(&mut self, is_new: VolumeChange) -> Result<(), Dropped> {
+        if !std::mem::take(&mut self.mounts_changed) || self.sampler.is_empty() {
+            return Ok(());
+        }
+        let read = match &mut self.mount_list {
+            Some(list) => list.read(),
+            list => MountList::open().and_then(|opened| list.insert(opened).read()),
+        };
+        let mounts = match read {
+            Ok(mounts) => mounts,
+            Err(error) => {
+                tracing::error!(%error, "cannot read what is mounted, trying again: file systems on USB disks are not followed");
+                self.mount_list = None;
+                return Ok(());
+            }
+        };
+        if mounts.refused > 0 {
+            tracing::error!(mounts.refused, "what these mounts are is not known");
+        }
+        // After the list was read: what the disks did until it changed is what they did before.
+        let now = Now::read();
+        self.sample_now(now)?;
+        let is_usb = |devpath: &[u8]| self.sampler.holds(devpath);
+        let found = volumes::find(&mounts, &SysBlocks, self.mounted.volumes(), is_usb);
+        let events = self.mounted.update(found, is_new, &self.sampler, now.boot_ns);
+        self.send_volumes(events, now)?;
+        self.record_files();
+        self.tell_usages(now)
+    }
+
+    /// Lets the files of what is mounted now be recorded.
+    fn record_files(&mut self) {
+        let Some(recording) = &mut self.recording else { return };
+        let volumes = self.mounted.volumes().iter().filter_map(|volume| {
+            let (disk, _) = volume.disks.iter().find_map(|devpath| self.sampler.disk(devpath))?;
+            let places = volume.places.iter().map(|place| MountPoint {
+                mount_id: place.mount_id,
+                path: PathBuf::from(OsStr::from_bytes(&place.path)),
+            });
+            Some(ToRecord { volume: volume.number, places: places.collect(), disk: disk.clone() })
+        });
+        recording.update(volumes.collect());
+    }
+
+    /// Takes in which files were closed after writing.
+    fn take_closed(&mut self) {
+        let closed = self.recording.iter().flat_map(Recording::closed);
+        for (volume, inode, bytes) in closed {
+            self.mounted.closed_after_writing(volume, inode, bytes);
+        }
+    }
+
+    /// Says how disks are used from now on, where that is not what was said last.
+    fn tell_usages(&mut self, now: Now) -> Result<(), Dropped> {
+        let mut changed = Vec::new();
+        for devpath in self.sampler.devpaths() {
+            let usage = self.mounted.usage(devpath);
+            if self.usages.get(devpath).copied().unwrap_or_default() != usage
+                && let Some((disk, _)) = self.sampler.disk(devpath)
+            {
+                changed.push((devpath.to_vec(), disk.clone(), usage));
+            }
+        }
+        for (devpath, disk, usage) in changed {
+            self.usages.insert(devpath, usage);
+            self.send(UsbOutput::Disk(DiskActivity {
+                disk,
+                first_boot_ns: now.boot_ns,
+                last_boot_ns: now.boot_ns,
+                traffic: Traffic::default(),
+                in_flight: false,
+                usage,
+            }))?;
+        }
+        Ok(())
+    }
+
+    fn send_volumes(&self, events: Vec<UsbVolume>, now: Now) -> Result<(), Dropped> {
+        for event in events {
+            self.send(UsbOutput::Event { boot_ns: now.boot_ns, event: Event::UsbVolume(event) })?;
         }
         Ok(())
     }

@@ -1,16 +1,29 @@
 //! USB: devices that come and go, and what USB disks read and write.
 //!
-//! [`message`], [`devices`], [`functions`] and [`disks`] decide and do no I/O; [`monitor`] (libudev) and [`sampler`] (sysfs) fetch;
+//! [`message`], [`devices`], [`functions`], [`disks`], [`mounts`], [`stack`], [`volumes`] and [`mounted`] decide and do no I/O;
+//! [`monitor`] (libudev), [`sampler`] and [`sysfs`] fetch;
 //! `follower` moves data between them on a thread of its own, because libudev's types stay on their thread.
 //! [`watch`] starts it.
 
 pub mod devices;
 pub mod disks;
+pub mod fanotify;
+pub mod files;
 mod follower;
 pub mod functions;
+pub mod marker;
 pub mod message;
+pub mod metadata;
 pub mod monitor;
+pub mod mounted;
+pub mod mounts;
+pub mod processes;
+pub mod recording;
 pub mod sampler;
+pub mod stack;
+pub mod sysfs;
+pub mod users;
+pub mod volumes;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,29 +35,32 @@ use rustix::event::{EventfdFlags, eventfd};
 use tokio::sync::mpsc;
 
 use disks::DiskActivity;
+use recording::FileNames;
 
 /// How much may wait.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Bytes of messages that may wait in the kernel. More than that while the agent is held up: messages are lost, the
     /// devices are listed anew, and the gap is reported.
     pub receive_buffer: usize,
     /// Outputs that may wait for [`UsbWatch::next`]. When they do, messages wait in the kernel.
     pub queue: usize,
+    /// Whether it is recorded which files of USB disks are read and written.
+    pub files: FileNames,
 }
 
 impl Default for Options {
     /// 16 MiB hold 8,000 messages and more: beyond a room full of hubs plugged in at once. The kernel takes the memory
     /// only while messages wait.
     fn default() -> Self {
-        Self { receive_buffer: 16 << 20, queue: 1024 }
+        Self { receive_buffer: 16 << 20, queue: 1024, files: FileNames::default() }
     }
 }
 
 /// What the watch has to say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UsbOutput {
-    /// A device is present, was added, was removed; what the kernel made of it; or a gap.
+    /// A device or a file system is present, came or went; what the kernel made of a device; or a gap.
     Event {
         /// When it was seen, boot clock.
         boot_ns: u64,
@@ -108,14 +124,20 @@ impl UsbWatch {
     pub async fn next(&mut self) -> Option<UsbOutput> {
         self.outputs.recv().await
     }
+
+    /// Asks the watch to end: what waits comes out of [`UsbWatch::next`] first, then `None`.
+    pub fn end(&self) {
+        // Fails only when the counter is full, and then it is signalled already.
+        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+    }
 }
 
 impl Drop for UsbWatch {
     fn drop(&mut self) {
         // Frees the thread where it waits for room in the queue ...
         self.outputs.close();
-        // ... and where it waits for messages. Fails only when the counter is full, and then it is signalled already.
-        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        // ... and where it waits for messages.
+        self.end();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

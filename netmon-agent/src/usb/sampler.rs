@@ -11,6 +11,8 @@ use std::path::PathBuf;
 use netmon_common::model::Disk;
 
 use super::disks::{DiskActivity, Meter, Stat};
+use super::mounted::Counters;
+use super::mounts::DeviceNumber;
 
 /// From where a disk's counters count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,9 +27,21 @@ pub enum CountFrom {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sampled {
     /// A disk did something.
-    Activity(DiskActivity),
+    Activity {
+        /// Kernel device path.
+        devpath: Vec<u8>,
+        /// What it did.
+        activity: DiskActivity,
+    },
     /// A disk is gone.
-    Gone(Disk),
+    Gone {
+        /// Kernel device path.
+        devpath: Vec<u8>,
+        /// Which one it was.
+        disk: Disk,
+        /// What it had completed by its last sample.
+        counted: Stat,
+    },
 }
 
 /// Why a disk cannot be measured.
@@ -140,13 +154,13 @@ impl Sampler {
     /// Reads every disk's counters once.
     pub fn sample(&mut self, boot_ns: u64) -> Vec<Sampled> {
         let mut found = Vec::new();
-        self.disks.retain(|_, held| match read(&held.counters) {
+        self.disks.retain(|devpath, held| match read(&held.counters) {
             Ok(stat) => {
-                found.extend(stat.and_then(|stat| held.meter.sample(stat, boot_ns)).map(Sampled::Activity));
+                found.extend(stat.and_then(|stat| held.sample(devpath, stat, boot_ns)));
                 true
             }
             Err(_) => {
-                found.push(Sampled::Gone(held.meter.disk().clone()));
+                found.push(held.gone(devpath));
                 false
             }
         });
@@ -156,8 +170,31 @@ impl Sampler {
     /// Lets go of a disk that was unplugged, with a last sample where the kernel still answers.
     pub fn release(&mut self, devpath: &[u8], boot_ns: u64) -> Vec<Sampled> {
         let Some(mut held) = self.disks.remove(devpath) else { return Vec::new() };
-        let last = read(&held.counters).ok().flatten().and_then(|stat| held.meter.sample(stat, boot_ns));
-        last.map(Sampled::Activity).into_iter().chain([Sampled::Gone(held.meter.disk().clone())]).collect()
+        let last = read(&held.counters).ok().flatten();
+        let last = last.and_then(|stat| held.sample(devpath, stat, boot_ns));
+        last.into_iter().chain([held.gone(devpath)]).collect()
+    }
+}
+
+impl Held {
+    fn sample(&mut self, devpath: &[u8], stat: Stat, boot_ns: u64) -> Option<Sampled> {
+        let activity = self.meter.sample(stat, boot_ns)?;
+        Some(Sampled::Activity { devpath: devpath.to_vec(), activity })
+    }
+
+    fn gone(&self, devpath: &[u8]) -> Sampled {
+        let (disk, counted) = (self.meter.disk().clone(), self.meter.counted());
+        Sampled::Gone { devpath: devpath.to_vec(), disk, counted }
+    }
+}
+
+impl Counters for Sampler {
+    fn disk(&self, devpath: &[u8]) -> Option<(&Disk, Stat)> {
+        self.disks.get(devpath).map(|held| (held.meter.disk(), held.meter.counted()))
+    }
+
+    fn device(&self, number: DeviceNumber) -> Option<Stat> {
+        read(&File::open(format!("/sys/dev/block/{number}/stat")).ok()?).ok()?
     }
 }
 
