@@ -84,6 +84,7 @@ pub fn run(parts: &[Part]) -> Result<()> {
             vm::run(&vm::Args::units(kernel))?;
         }
         vm::run(&vm::Args::programs(USB_KERNEL, "clock_vm", &["ip"]))?;
+        vm::run(&vm::Args::programs(USB_KERNEL, "disk_vm", &["ip", "dmsetup", "mkfs.ext4"]))?;
     }
     if parts.contains(&Part::Full) {
         full()?;

@@ -75,7 +75,7 @@ impl Args {
 }
 
 /// Debian packages that making and running a guest takes.
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 12] = [
     "qemu-system-x86",
     "busybox-static",
     "kmod",
@@ -86,6 +86,8 @@ const PACKAGES: [&str; 10] = [
     "iproute2",
     "ethtool",
     "wireguard-tools",
+    "dmsetup",
+    "e2fsprogs",
 ];
 
 /// About 1 boot in 100 hangs under QEMU's emulation.

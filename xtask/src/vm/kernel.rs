@@ -39,6 +39,7 @@ const MODULES: &[&str] = &[
     "nls_utf8",
     "loop",
     "dm_mod",
+    "dm_flakey",
     "dm_crypt",
     // Network cards, and where programs attach.
     "virtio_pci",
