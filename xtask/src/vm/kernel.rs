@@ -196,9 +196,9 @@ impl Apt {
     }
 }
 
-/// `linux-binary-RELEASE` and `linux-modules-RELEASE`, where the package is split.
+/// `linux-base-RELEASE` (lists of modules), `linux-binary-RELEASE` and `linux-modules-RELEASE`, where the package is split.
 fn parts(described: &str, release: &str) -> BTreeSet<String> {
-    let known = ["binary", "modules"].map(|part| format!("linux-{part}-{release}"));
+    let known = ["base", "binary", "modules"].map(|part| format!("linux-{part}-{release}"));
     let named: BTreeSet<_> = described.split([' ', ',', '\n']).collect();
     known.into_iter().filter(|part| named.contains(part.as_str())).collect()
 }
@@ -276,7 +276,7 @@ mod tests {
             "Package: linux-image-{release}\nDepends: dracut | initramfs-tools, linux-base-{release} (= 7.3.4-1), \
              linux-binary-{release} (= 7.3.4-1), linux-modules-{release} (= 7.3.4-1)\nSize: 1900\n"
         );
-        let expected = [format!("linux-binary-{release}"), format!("linux-modules-{release}")];
+        let expected = ["base", "binary", "modules"].map(|part| format!("linux-{part}-{release}"));
         assert_eq!(parts(&described, release), BTreeSet::from(expected));
         assert!(parts("Depends: kmod, linux-base (>= 4.3~)\n", "6.1.0-50-amd64").is_empty());
     }
