@@ -7,6 +7,7 @@
 mod initramfs;
 mod kernel;
 mod machine;
+mod matrix;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,14 +17,16 @@ use anyhow::{Context as _, bail, ensure};
 
 use machine::Outcome;
 
-use crate::sh;
+use crate::{clock, sh};
 
 /// Arguments of `cargo xtask vm`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Kernels: 5.10, 6.1, 6.12
-    #[arg(default_values = ["6.1"])]
+    /// Kernels: 5.10, 6.1, 6.12, 6.18, 7.3 [default: 6.1; with --matrix all of them]
     kernels: Vec<String>,
+    /// Run the agent's kernel tests and its tests against real USB devices, and print a table
+    #[arg(long, conflicts_with_all = ["add", "tests", "command"])]
+    matrix: bool,
     /// A file for the guest, with the libraries it needs; into /usr/local/bin unless a path in the guest follows
     #[arg(long, value_name = "FILE[:GUEST]")]
     add: Vec<String>,
@@ -43,11 +46,18 @@ impl Args {
     pub fn usb_tests(kernel: &str) -> Self {
         Self {
             kernels: vec![kernel.to_owned()],
+            matrix: false,
             add: vec![],
             tests: vec![],
             time_limit: 300,
             command: vec![],
         }
+    }
+
+    /// The agent's kernel tests and USB tests on these kernels.
+    pub fn matrix(kernels: &[&str]) -> Self {
+        let kernels = kernels.iter().map(|kernel| (*kernel).to_owned()).collect();
+        Self { kernels, matrix: true, time_limit: 900, ..Self::usb_tests("") }
     }
 
     /// The units of `deploy` under systemd.
@@ -75,7 +85,7 @@ impl Args {
 }
 
 /// Debian packages that making and running a guest takes.
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 12] = [
     "qemu-system-x86",
     "busybox-static",
     "kmod",
@@ -86,6 +96,8 @@ const PACKAGES: [&str; 10] = [
     "iproute2",
     "ethtool",
     "wireguard-tools",
+    "dmsetup",
+    "e2fsprogs",
 ];
 
 /// About 1 boot in 100 hangs under QEMU's emulation.
@@ -99,31 +111,85 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     sh::ensure_packages(&PACKAGES)?;
     let cache = sh::workspace().join("target/vm");
     fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    if args.matrix {
+        return run_matrix(args, &cache);
+    }
 
     let mut files: Vec<(PathBuf, PathBuf)> = args.add.iter().map(|file| parse_file(file)).collect();
-    for test in &args.tests {
-        files.push((build_test(test)?, Path::new("/usr/local/bin").join(test)));
-    }
+    add_tests(&args.tests, &mut files)?;
     let mut command = args.command.join(" ");
     if command.is_empty() {
-        files.push((build_test("usb_vm")?, "/usr/local/bin/usb_vm".into()));
+        add_tests(&["usb_vm"], &mut files)?;
         command = "RUST_BACKTRACE=1 usb_vm --ignored --nocapture --test-threads=1".into();
     }
 
     let mut failed = Vec::new();
-    for version in &args.kernels {
-        let kernel = kernel::fetch(version, &cache)?;
-        println!("vm: kernel {}: {command}", kernel.release);
-        let directory = tempfile::tempdir_in(&cache)?;
-        let initrd = directory.path().join("initrd");
-        initramfs::build(&kernel, &files, &command, &initrd)?;
-        let status = boot(&kernel, &initrd, directory.path(), args.time_limit)?;
-        println!("vm: kernel {}: the command ended with status {status}", kernel.release);
+    let default = [kernel::DEFAULT.to_owned()];
+    let kernels = if args.kernels.is_empty() { &default } else { args.kernels.as_slice() };
+    for version in kernels {
+        let (_, status, _) = run_on(version, &files, &command, &cache, args.time_limit)?;
         if status != 0 {
             failed.push(format!("{version} (status {status})"));
         }
     }
     ensure!(failed.is_empty(), "failed on kernel {}", failed.join(", "));
+    Ok(())
+}
+
+fn run_matrix(args: &Args, cache: &Path) -> anyhow::Result<()> {
+    let mut files = Vec::new();
+    add_tests(&matrix::TESTS, &mut files)?;
+    for tool in matrix::TOOLS {
+        let found = sh::find(tool).with_context(|| format!("there is no {tool}"))?;
+        files.push(parse_file(&found.display().to_string()));
+    }
+    let all: Vec<_> = kernel::versions().map(str::to_owned).collect();
+    let kernels = if args.kernels.is_empty() { &all } else { &args.kernels };
+    let (mut rows, mut failed) = (Vec::new(), Vec::new());
+    for version in kernels {
+        let begin = clock::now();
+        let run = run_on(version, &files, &matrix::command(version), cache, args.time_limit);
+        // The other kernels are of interest, too.
+        match run {
+            Ok((release, status, output)) => {
+                rows.push(matrix::Row::read(&release, begin.elapsed(), &output));
+                if status != 0 {
+                    failed.push(format!("{version} (status {status})"));
+                }
+            }
+            Err(error) => failed.push(format!("{version} ({error:#})")),
+        }
+    }
+    println!("\n{}", matrix::table(&rows));
+    ensure!(failed.is_empty(), "failed on kernel {}", failed.join(", "));
+    Ok(())
+}
+
+/// Boots one kernel: its release, the command's status, and what the command printed.
+fn run_on(
+    version: &str,
+    files: &[(PathBuf, PathBuf)],
+    command: &str,
+    cache: &Path,
+    time_limit: u64,
+) -> anyhow::Result<(String, i32, String)> {
+    let kernel = kernel::fetch(version, cache)?;
+    println!("vm: kernel {}: {command}", kernel.release);
+    let directory = tempfile::tempdir_in(cache)?;
+    let initrd = directory.path().join("initrd");
+    initramfs::build(&kernel, files, command, &initrd)?;
+    let status = boot(&kernel, &initrd, directory.path(), time_limit)?;
+    println!("vm: kernel {}: the command ended with status {status}", kernel.release);
+    let output = fs::read(directory.path().join(machine::OUTPUT)).context("QEMU kept no output")?;
+    Ok((kernel.release, status, String::from_utf8_lossy(&output).into_owned()))
+}
+
+/// Builds tests of netmon-lab for the guest.
+fn add_tests(names: &[impl AsRef<str>], files: &mut Vec<(PathBuf, PathBuf)>) -> anyhow::Result<()> {
+    for name in names {
+        let name = name.as_ref();
+        files.push((build_test(name)?, Path::new("/usr/local/bin").join(name)));
+    }
     Ok(())
 }
 

@@ -22,7 +22,9 @@ pub enum KernelError {
     #[error("cannot read the capabilities of this process")]
     UnknownCapabilities(#[source] io::Error),
     /// The kernel lacks something that the programs need.
-    #[error("kernel {release} is too old: netmon needs Linux 5.10 or newer")]
+    #[error(
+        "kernel {release} is too old: netmon needs Linux 5.10 or newer. The agent does not start here, so nothing is recorded on this PC, neither transfers nor USB devices; enrolment, `doctor` and what was recorded before work"
+    )]
     KernelTooOld {
         /// What `uname -r` says.
         release: String,

@@ -9,9 +9,22 @@ use anyhow::{Context as _, bail};
 
 use super::{output_of, run_tool};
 
-/// The suite in which each kernel lives.
-const SUITES: [(&str, &str); 3] =
-    [("5.10", "bullseye-security"), ("6.1", "bookworm"), ("6.12", "bookworm-security")];
+/// The kernels, oldest first, and the suite in which each lives. Debian has no others that it keeps.
+const SUITES: [(&str, &str); 5] = [
+    ("5.10", "bullseye-security"),
+    ("6.1", "bookworm"),
+    ("6.12", "bookworm-security"),
+    ("6.18", "trixie-backports"),
+    ("7.3", "trixie-backports"),
+];
+
+/// Debian 12's.
+pub const DEFAULT: &str = "6.1";
+
+/// All versions that [`fetch`] knows, oldest first.
+pub fn versions() -> impl Iterator<Item = &'static str> {
+    SUITES.iter().map(|(version, _)| *version)
+}
 
 /// What the guest may load, where the kernel has it as a module; what these need comes along.
 const MODULES: &[&str] = &[
@@ -46,6 +59,7 @@ const MODULES: &[&str] = &[
     "nls_utf8",
     "loop",
     "dm_mod",
+    "dm_flakey",
     "dm_crypt",
     // Network cards, and where programs attach.
     "virtio_pci",
@@ -98,7 +112,7 @@ pub fn fetch(version: &str, cache: &Path) -> anyhow::Result<Kernel> {
         return Ok(kernel(release.to_owned()));
     }
     let Some((_, suite)) = SUITES.iter().find(|(known, _)| *known == version) else {
-        let known: Vec<_> = SUITES.iter().map(|(known, _)| *known).collect();
+        let known: Vec<_> = versions().collect();
         bail!("kernel {version} is not known; there are {}", known.join(", "));
     };
     println!("vm: fetching kernel {version} from {suite}");
@@ -106,13 +120,17 @@ pub fn fetch(version: &str, cache: &Path) -> anyhow::Result<Kernel> {
     let package = apt.newest_kernel(version)?;
     let release = package.trim_start_matches("linux-image-").to_owned();
     let work = tempfile::tempdir_in(cache)?;
-    let unpacked = apt.unpack(&package, work.path())?;
+    let unpacked = apt.unpack(&package, &release, work.path())?;
+    let image = [format!("boot/vmlinuz-{release}"), format!("lib/modules/{release}/vmlinuz")]
+        .map(|path| unpacked.join(path))
+        .into_iter()
+        .find(|path| path.exists())
+        .with_context(|| format!("package {package} holds no kernel image"))?;
 
     // What is there was made for another list of modules.
     let _ = fs::remove_dir_all(&directory);
     fs::create_dir_all(&directory)?;
-    fs::copy(unpacked.join("boot").join(format!("vmlinuz-{release}")), directory.join("vmlinuz"))
-        .with_context(|| format!("package {package} holds no kernel image"))?;
+    fs::copy(image, directory.join("vmlinuz")).context("cannot copy the kernel's image")?;
     prune(&unpacked, &release, &directory)?;
     // Last: its presence says that the rest is complete.
     fs::write(directory.join("release"), format!("{release}\n{modules}"))?;
@@ -165,16 +183,31 @@ impl Apt {
             .with_context(|| format!("no package of kernel {version} is to be found"))
     }
 
-    fn unpack(&self, package: &str, work: &Path) -> anyhow::Result<PathBuf> {
-        run_tool(self.tool("apt-get").args(["download", "-qq", package]).current_dir(work))?;
-        let file = fs::read_dir(work)?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-            .with_context(|| format!("apt-get did not download {package}"))?;
+    /// The directory with what the package holds, and those of its release that it is split into from 7.0 on.
+    fn unpack(&self, package: &str, release: &str, work: &Path) -> anyhow::Result<PathBuf> {
+        let described = output_of(self.tool("apt-cache").args(["show", package]))?;
+        let parts = parts(&described, release);
+        run_tool(self.tool("apt-get").args(["download", "-qq", package]).args(parts).current_dir(work))?;
         let unpacked = work.join("unpacked");
-        run_tool(Command::new("dpkg-deb").arg("-x").args([&file, &unpacked]))?;
+        for entry in fs::read_dir(work)? {
+            let file = entry?.path();
+            if file.extension().is_some_and(|extension| extension == "deb") {
+                run_tool(Command::new("dpkg-deb").arg("-x").args([&file, &unpacked]))?;
+            }
+        }
+        // Where modules are since Debian 13; kmod looks in `lib`.
+        if unpacked.join("usr/lib/modules").exists() && !unpacked.join("lib").exists() {
+            std::os::unix::fs::symlink("usr/lib", unpacked.join("lib"))?;
+        }
         Ok(unpacked)
     }
+}
+
+/// `linux-base-RELEASE` (lists of modules), `linux-binary-RELEASE` and `linux-modules-RELEASE`, where the package is split.
+fn parts(described: &str, release: &str) -> BTreeSet<String> {
+    let known = ["base", "binary", "modules"].map(|part| format!("linux-{part}-{release}"));
+    let named: BTreeSet<_> = described.split([' ', ',', '\n']).collect();
+    known.into_iter().filter(|part| named.contains(part.as_str())).collect()
 }
 
 /// Where the host fetches packages from, or else Debian's own servers.
@@ -241,6 +274,18 @@ mod tests {
             "linux-image-6.12.38-amd64",
         ];
         assert_eq!(names.iter().max_by_key(|name| numbers(name)), Some(&"linux-image-6.12.100+deb12-amd64"));
+    }
+
+    #[test]
+    fn a_package_that_is_split_is_fetched_with_its_parts() {
+        let release = "7.3.4+deb13-amd64";
+        let described = format!(
+            "Package: linux-image-{release}\nDepends: dracut | initramfs-tools, linux-base-{release} (= 7.3.4-1), \
+             linux-binary-{release} (= 7.3.4-1), linux-modules-{release} (= 7.3.4-1)\nSize: 1900\n"
+        );
+        let expected = ["base", "binary", "modules"].map(|part| format!("linux-{part}-{release}"));
+        assert_eq!(parts(&described, release), BTreeSet::from(expected));
+        assert!(parts("Depends: kmod, linux-base (>= 4.3~)\n", "6.1.0-50-amd64").is_empty());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! QEMU: boots, answers the guest's requests to plug and unplug, waits for the command's status.
 //!
-//! Three serial lines: the kernel's console (into a file), the command's output (to our standard output), and the
-//! control line, on which the guest says `ready`, `exit STATUS` and, in between, asks for
+//! Three serial lines: the kernel's console (into a file), the command's output (to our standard output, and into
+//! [`OUTPUT`]), and the control line, on which the guest says `ready`, `exit STATUS` and, in between, asks for
 //!
 //! ```text
 //! plug ID DRIVER [NAME=VALUE]...    any USB device of QEMU; usb-storage takes size=MIB for its disk, usb-uas and
@@ -41,6 +41,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// File of QEMU's own messages.
 const QEMU_SAYS: &str = "qemu.err";
+/// The file in the run's directory that has what the command printed.
+pub const OUTPUT: &str = "output.log";
 
 /// How a run ended.
 pub enum Outcome {
@@ -129,6 +131,9 @@ impl Machine {
         let (control, control_path) = listen("control")?;
         let (qmp, qmp_path) = listen("qmp")?;
         let error_path = directory.join(QEMU_SAYS);
+        let output = directory.join(OUTPUT);
+        // Left over, too; QEMU would empty it, but for a guest that never got there.
+        let _ = fs::remove_file(&output);
         let mut qemu = Command::new("qemu-system-x86_64")
             // Emulated, not KVM: where /dev/kvm is a nested one, stock kernels hang on it.
             .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1G"])
@@ -141,7 +146,8 @@ impl Machine {
             .args(["-device", "qemu-xhci,id=xhci,p2=8,p3=8"])
             .args(cards())
             .args(["-serial", &format!("file:{}", console.display())])
-            .args(["-chardev", "stdio,id=output,signal=off", "-serial", "chardev:output"])
+            .args(["-chardev", &format!("stdio,id=output,signal=off,logfile={}", output.display())])
+            .args(["-serial", "chardev:output"])
             .args([
                 "-chardev",
                 &format!("socket,id=control,path={control_path}"),
