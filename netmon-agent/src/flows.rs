@@ -7,11 +7,10 @@ use std::net::SocketAddr;
 
 use netmon_common::abi::{self, FlowState};
 use netmon_common::model::{Opened, Service, Traffic};
-use netmon_common::raw::Raw;
 
 use crate::kernel::{FlowDelta, FlowId};
 use crate::ledger;
-use crate::transfers::{Activity, Key};
+use crate::transfers::{Activity, Key, Through};
 
 /// Flows that are remembered at most: some 200 bytes each. What moves beyond is taken in all the same, but who opened such
 /// a flow is known from its own packets only.
@@ -61,13 +60,13 @@ struct Known {
 impl Flows {
     /// Turns what one sweep brought into what moved, transfers' activities in order of time.
     ///
-    /// `interface` names an interface by index; `period` is the ledger's.
+    /// `interface` tells of an interface by index; `period` is the ledger's.
     pub fn observe(
         &mut self,
         deltas: &mut [FlowDelta],
         policy: &Policy,
         period: u64,
-        interface: impl Fn(u32) -> Raw,
+        interface: impl Fn(u32) -> Through,
     ) -> Vec<Moved> {
         // The first packet tells who opened a flow, and each CPU has another first one.
         deltas.sort_by_key(|delta| delta.first_ns);

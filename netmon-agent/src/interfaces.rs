@@ -15,6 +15,7 @@ use crate::kernel::Kernel;
 use crate::links::{self, Choice, Left, Link, Verdict};
 use crate::recorder::Recorder;
 use crate::status;
+use crate::transfers::Through;
 
 /// The interfaces of this PC.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub struct Interfaces {
     failed: BTreeMap<u32, Failure>,
     /// Said to be left, as it was said; forgotten with the interface.
     told_left: BTreeMap<u32, String>,
+    /// Those that went, by index, which the kernel does not give to another one soon: what crossed them last is read later.
+    gone: BTreeMap<u32, Through>,
     /// All of `watched` was seen to be attached at this wall time.
     verified_wall_ns: i64,
 }
@@ -55,6 +58,7 @@ impl Interfaces {
             watched: BTreeMap::new(),
             failed: BTreeMap::new(),
             told_left: BTreeMap::new(),
+            gone: BTreeMap::new(),
             verified_wall_ns: now.wall_ns,
         }
     }
@@ -62,7 +66,7 @@ impl Interfaces {
     /// Takes in a new list: attaches to what came, forgets what went.
     pub fn update(&mut self, now: &Now, links: Vec<Link>, kernel: &mut Kernel, recorder: &mut Recorder) {
         self.verdicts = self.choice.judge(&links);
-        self.links = links.into_iter().map(|link| (link.index, link)).collect();
+        self.list(links);
         let gone: Vec<u32> = self
             .watched
             .iter()
@@ -80,6 +84,22 @@ impl Interfaces {
         self.rename(now, recorder);
         self.attach_missing(now, kernel, recorder);
         self.tell_left();
+    }
+
+    /// Most interfaces that are remembered after they went.
+    const MAX_GONE: usize = 256;
+
+    fn list(&mut self, links: Vec<Link>) {
+        let links: BTreeMap<u32, Link> = links.into_iter().map(|link| (link.index, link)).collect();
+        let gone: Vec<u32> = self.links.keys().copied().filter(|index| !links.contains_key(index)).collect();
+        for index in gone {
+            self.gone.insert(index, self.through(index));
+        }
+        self.gone.retain(|index, _| !links.contains_key(index));
+        while self.gone.len() > Self::MAX_GONE {
+            self.gone.pop_first();
+        }
+        self.links = links;
     }
 
     /// Says once of each interface that is left why it is.
@@ -126,6 +146,16 @@ impl Interfaces {
     /// Name of an interface; empty when it is not listed.
     pub fn name(&self, index: u32) -> Raw {
         self.links.get(&index).map_or_else(Raw::default, |link| Raw::from(link.name.as_str()))
+    }
+
+    /// What packets crossed that had this index; empty: nobody knows.
+    pub fn through(&self, index: u32) -> Through {
+        match self.links.get(&index) {
+            Some(link) => {
+                Through { name: Raw::from(link.name.as_str()), usb: links::is_over_usb(link, &self.links) }
+            }
+            None => self.gone.get(&index).cloned().unwrap_or_default(),
+        }
     }
 
     /// What is watched, by index.
@@ -241,6 +271,34 @@ mod tests {
     use crate::links::Backing;
 
     #[test]
+    fn packets_of_an_interface_that_is_gone_are_still_its_own() {
+        let link = |index, name: &str, usb| Link {
+            index,
+            name: name.into(),
+            link_type: 1,
+            kind: String::new(),
+            master: None,
+            lower: None,
+            backing: Backing::Device,
+            usb,
+            on_link: Vec::new(),
+        };
+        let choice = Choice::new(&[Choice::AUTO.to_owned()]).unwrap();
+        let mut interfaces = Interfaces::new(choice, &Now::default());
+        let phone = Through { name: "usb0".into(), usb: true };
+        interfaces.list(vec![link(2, "eth0", false), link(3, "usb0", true)]);
+        assert_eq!((interfaces.through(2), interfaces.through(3)), ("eth0".into(), phone.clone()));
+        // Another device under the same name.
+        interfaces.list(vec![link(2, "eth0", false), link(4, "usb0", false)]);
+        assert_eq!((interfaces.through(3), interfaces.through(4)), (phone, "usb0".into()));
+        assert_eq!(interfaces.through(5), Through::default());
+        for index in 10..10 + 2 * Interfaces::MAX_GONE as u32 {
+            interfaces.list(vec![link(index, "usb0", true)]);
+        }
+        assert_eq!(interfaces.gone.len(), Interfaces::MAX_GONE);
+    }
+
+    #[test]
     fn of_many_interfaces_that_are_left_some_are_named_and_the_others_counted() {
         let choice = Choice::new(&[Choice::AUTO.to_owned()]).unwrap();
         let bridge = |index| Link {
@@ -251,6 +309,7 @@ mod tests {
             master: None,
             lower: None,
             backing: Backing::Nothing,
+            usb: false,
             on_link: vec!["192.168.0.0/24".parse().unwrap()],
         };
         let links: Vec<_> = (1..=20).map(bridge).collect();

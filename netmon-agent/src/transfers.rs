@@ -29,7 +29,7 @@ use std::net::IpAddr;
 
 use netmon_common::abi;
 use netmon_common::model::{
-    Channel, Counterpart, Disk, EndReason, Opened, Phase, Service, Traffic, Transfer,
+    Channel, Counterpart, Disk, EndReason, Event, Opened, Phase, Service, Traffic, Transfer,
 };
 use netmon_common::raw::Raw;
 
@@ -55,6 +55,22 @@ pub enum Key {
     Disk(Disk),
 }
 
+/// The interface that packets crossed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Through {
+    /// Its name then; empty for disks.
+    pub name: Raw,
+    /// It was a USB adapter, phone or modem.
+    pub usb: bool,
+}
+
+impl From<&str> for Through {
+    /// One that is not USB's.
+    fn from(name: &str) -> Self {
+        Self { name: name.into(), usb: false }
+    }
+}
+
 /// Something moved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Activity {
@@ -65,7 +81,7 @@ pub struct Activity {
     /// Who opened the flow.
     pub opened: Opened,
     /// Interface of the flow's first packet.
-    pub interface: Raw,
+    pub interface: Through,
     /// Boot time of the first packet after the flow's latest silence, or, where the flow was not silent, any
     /// time between its packet before and now.
     pub first_ns: u64,
@@ -88,8 +104,8 @@ pub struct Report {
     pub services: Vec<Service>,
     /// Who opened its first flow.
     pub opened: Opened,
-    /// Interface of its first packet.
-    pub interface: Raw,
+    /// Interface of its first packet. All of its packets crossed USB, or none.
+    pub interface: Through,
     /// First packet, boot time.
     pub first_ns: u64,
     /// Last packet so far, boot time.
@@ -112,7 +128,7 @@ pub enum Output {
 /// The transfers of one PC.
 #[derive(Debug, Default)]
 pub struct Transfers {
-    bursts: BTreeMap<Key, Burst>,
+    bursts: BTreeMap<Path, Burst>,
     reported: u64,
     outputs: VecDeque<Output>,
 }
@@ -123,24 +139,33 @@ struct Burst {
     announced: Option<(u64, u64)>,
     services: BTreeSet<Service>,
     opened: Opened,
-    interface: Raw,
+    interface: Through,
     first_ns: u64,
     last_ns: u64,
     traffic: Traffic,
+}
+
+/// A host that is reached over USB and by another way at once has a transfer on each: what leaves through a phone must not
+/// be part of what began on the room's network.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Path {
+    key: Key,
+    over_usb: bool,
 }
 
 impl Transfers {
     /// Takes in what moved. Activities of one sweep are given in the order of their `first_ns`.
     pub fn activity(&mut self, activity: Activity) {
         let Activity { key, service, opened, interface, first_ns, last_ns, traffic } = activity;
-        if self.bursts.get(&key).is_some_and(|burst| first_ns >= burst.last_ns.saturating_add(SILENCE_NS)) {
-            self.end(&key, EndReason::Silence);
+        let path = Path { key, over_usb: interface.usb };
+        if self.bursts.get(&path).is_some_and(|burst| first_ns >= burst.last_ns.saturating_add(SILENCE_NS)) {
+            self.end_burst(&path, EndReason::Silence);
         }
-        if !self.bursts.contains_key(&key) && self.bursts.len() >= MAX_BURSTS {
+        if !self.bursts.contains_key(&path) && self.bursts.len() >= MAX_BURSTS {
             self.outputs.push_back(Output::Overflow(traffic));
             return;
         }
-        let burst = self.bursts.entry(key.clone()).or_insert_with(|| Burst {
+        let burst = self.bursts.entry(path.clone()).or_insert_with(|| Burst {
             announced: None,
             services: BTreeSet::new(),
             opened,
@@ -160,7 +185,7 @@ impl Transfers {
         if burst.announced.is_none() && !burst.traffic.is_without_payload() {
             self.reported += 1;
             burst.announced = Some((self.reported, burst.last_ns));
-            self.outputs.extend(burst.report(&key, Phase::Started));
+            self.outputs.extend(burst.report(&path.key, Phase::Started));
         }
     }
 
@@ -168,35 +193,45 @@ impl Transfers {
     ///
     /// `now_ns` is a boot time up to which all activity was taken in: for flows, the moment before the sweep.
     pub fn handle_timeout(&mut self, now_ns: u64) {
-        let over = |key: &Key, burst: &Burst| {
-            let sampled = if matches!(key, Key::Disk(_)) { DISK_SAMPLE_NS } else { 0 };
+        let over = |path: &Path, burst: &Burst| {
+            let sampled = if matches!(path.key, Key::Disk(_)) { DISK_SAMPLE_NS } else { 0 };
             now_ns >= burst.last_ns.saturating_add(SILENCE_NS + sampled)
         };
-        let silent: Vec<_> =
-            self.bursts.iter().filter(|(key, burst)| over(key, burst)).map(|(key, _)| key.clone()).collect();
-        for key in silent {
-            self.end(&key, EndReason::Silence);
+        let silent: Vec<_> = self
+            .bursts
+            .iter()
+            .filter(|(path, burst)| over(path, burst))
+            .map(|(path, _)| path.clone())
+            .collect();
+        for path in silent {
+            self.end_burst(&path, EndReason::Silence);
         }
-        for (key, burst) in &mut self.bursts {
+        for (path, burst) in &mut self.bursts {
             let Some((_, reported_ns)) = &mut burst.announced else { continue };
             if now_ns >= reported_ns.saturating_add(PROGRESS_NS) && burst.last_ns > *reported_ns {
                 *reported_ns = now_ns;
-                self.outputs.extend(burst.report(key, Phase::Progress));
+                self.outputs.extend(burst.report(&path.key, Phase::Progress));
             }
         }
     }
 
-    /// Ends one transfer now: its device is gone.
+    /// Ends the transfers with one counterpart now: its device is gone.
     pub fn end(&mut self, key: &Key, reason: EndReason) {
-        let Some(burst) = self.bursts.remove(key) else { return };
-        let ended = burst.report(key, Phase::Ended(reason));
+        for over_usb in [false, true] {
+            self.end_burst(&Path { key: key.clone(), over_usb }, reason);
+        }
+    }
+
+    fn end_burst(&mut self, path: &Path, reason: EndReason) {
+        let Some(burst) = self.bursts.remove(path) else { return };
+        let ended = burst.report(&path.key, Phase::Ended(reason));
         self.outputs.push_back(ended.unwrap_or(Output::Discarded(burst.traffic)));
     }
 
     /// Ends all transfers: the agent stops.
     pub fn end_all(&mut self, reason: EndReason) {
-        while let Some(key) = self.bursts.keys().next().cloned() {
-            self.end(&key, reason);
+        while let Some(path) = self.bursts.keys().next().cloned() {
+            self.end_burst(&path, reason);
         }
     }
 
@@ -230,24 +265,26 @@ impl Burst {
 
 impl Report {
     /// The event, with the wall times that the clocks give at `now`.
-    pub fn into_transfer(self, now: &Now) -> Transfer {
+    pub fn into_event(self, now: &Now) -> Event {
         let (channel, counterpart) = match self.key {
             Key::Lan(host) => (Channel::Lan, Counterpart::Host(host)),
             Key::Internet(host, _) => (Channel::Internet, Counterpart::Host(host)),
             Key::Disk(disk) => (Channel::Usb, Counterpart::Disk(disk)),
         };
-        Transfer {
+        let over_usb = self.interface.usb;
+        let transfer = Transfer {
             id: self.id,
             phase: self.phase,
             channel,
             counterpart,
             services: self.services,
             opened: self.opened,
-            interface: self.interface,
+            interface: self.interface.name,
             first_wall_ns: now.wall_at(self.first_ns),
             last_wall_ns: now.wall_at(self.last_ns),
             traffic: self.traffic,
-        }
+        };
+        if over_usb { Event::TransferOverUsb(transfer) } else { Event::Transfer(transfer) }
     }
 }
 
@@ -385,6 +422,35 @@ mod tests {
         assert_eq!(transfers.going_on(), 1);
         transfers.end(&disk, EndReason::DeviceRemoved);
         assert_eq!(drain(&mut transfers), ["#1 Started 0..10 1 B", "#1 Ended(DeviceRemoved) 0..10 1 B"]);
+    }
+
+    #[test]
+    fn a_host_that_is_reached_over_usb_as_well_has_a_transfer_on_each_way() {
+        let mut transfers = Transfers::default();
+        let phone = Through { name: "usb0".into(), usb: true };
+        for at in [0, 500] {
+            transfers.activity(act(lan(2), at, at, moved(1_000)));
+            transfers.activity(Activity { interface: phone.clone(), ..act(lan(2), at, at, moved(7)) });
+        }
+        transfers.handle_timeout(T0 + 60_000 * MS);
+        let events = std::iter::from_fn(|| match transfers.poll()? {
+            Output::Report(report) => Some(report.into_event(&Now::default())),
+            other => panic!("{other:?}"),
+        });
+        let shown: Vec<_> = events
+            .map(|event| {
+                let over_usb = matches!(event, Event::TransferOverUsb(_));
+                let transfer = event.transfer().unwrap();
+                (over_usb, transfer.interface.escaped().to_string(), transfer.traffic.tx_payload)
+            })
+            .collect();
+        let [here, there] = [(false, "eth0".to_owned()), (true, "usb0".to_owned())];
+        let line = |(usb, name): &(bool, String), bytes| (*usb, name.clone(), bytes);
+        assert_eq!(
+            shown,
+            [line(&here, 1_000), line(&there, 7), line(&here, 2_000), line(&there, 14)],
+            "two starts, two ends"
+        );
     }
 
     #[test]

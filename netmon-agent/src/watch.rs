@@ -27,7 +27,7 @@ use crate::privileges::Privileges;
 use crate::recorder::Recorder;
 use crate::spool::{Recovered, SpoolHandle};
 use crate::status::{self, State, Status};
-use crate::transfers::{Activity, Key, Output, Transfers};
+use crate::transfers::{Activity, Key, Output, Through, Transfers};
 use crate::uplink::UplinkStatus;
 use crate::usb::UsbOutput;
 
@@ -213,8 +213,8 @@ impl Watch {
             return;
         }
         self.update_own();
-        let name = |index| self.interfaces.name(index);
-        let moved = self.flows.observe(&mut self.deltas, &self.policy, self.ledger.period(), name);
+        let through = |index| self.interfaces.through(index);
+        let moved = self.flows.observe(&mut self.deltas, &self.policy, self.ledger.period(), through);
         self.deltas.clear();
         self.take_in(moved);
     }
@@ -304,9 +304,7 @@ impl Watch {
     fn record_transfers(&mut self, now: &Now) {
         while let Some(output) = self.transfers.poll() {
             match output {
-                Output::Report(report) => {
-                    self.recorder.record(now, Event::Transfer(report.into_transfer(now)))
-                }
+                Output::Report(report) => self.recorder.record(now, report.into_event(now)),
                 // A disk that had requests in flight and moved nothing.
                 Output::Discarded(traffic) if traffic == Traffic::default() => {}
                 Output::Discarded(traffic) => self.ledger.add(ledger::NO_PAYLOAD, traffic, 1),
@@ -419,7 +417,7 @@ impl Watch {
                 key: Key::Disk(disk.disk),
                 service: Service::Storage,
                 opened: Opened::Here,
-                interface: Raw::default(),
+                interface: Through::default(),
                 first_ns: disk.first_boot_ns,
                 last_ns: disk.last_boot_ns,
                 traffic: disk.traffic,

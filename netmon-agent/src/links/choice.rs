@@ -225,6 +225,7 @@ mod tests {
             master: None,
             lower: None,
             backing: Backing::Nothing,
+            usb: false,
             on_link: Vec::new(),
         }
     }

@@ -45,8 +45,18 @@ pub struct Link {
     pub lower: Option<u32>,
     /// What stands behind it.
     pub backing: Backing,
+    /// True when that is a USB device: an adapter, a phone, a modem.
+    pub usb: bool,
     /// Its prefixes: whoever is in them can be reached without a router.
     pub on_link: Vec<IpNet>,
+}
+
+/// True when what crosses the interface leaves this PC through a USB device, by what it is or stands on.
+pub fn is_over_usb(link: &Link, links: &BTreeMap<u32, Link>) -> bool {
+    /// The kernel stacks no more (`MAX_NEST_DEV`, linux/netdevice.h).
+    const DEEPEST: usize = 8;
+    let below = |link: &&Link| link.lower.and_then(|index| links.get(&index));
+    std::iter::successors(Some(link), below).take(DEEPEST + 1).any(|link| link.usb)
 }
 
 /// What the kernel says of where an interface's packets come from and go to.
@@ -193,6 +203,7 @@ async fn links_with(handle: &rtnetlink::Handle) -> Result<Vec<Link>, LinksError>
     while let Some(message) = stream.try_next().await.map_err(LinksError::List)? {
         if let Some(mut link) = link(message) {
             link.backing = sysfs::backing(&link);
+            link.usb = sysfs::is_usb(&link);
             links.insert(link.index, link);
         }
     }
@@ -248,6 +259,7 @@ pub fn link(message: LinkMessage) -> Option<Link> {
         master: master.filter(|master| *master != 0),
         lower: lower.filter(|lower| !elsewhere && *lower != 0 && *lower != index),
         backing: Backing::Nothing,
+        usb: false,
         on_link: Vec::new(),
     })
 }
@@ -271,6 +283,7 @@ mod tests {
             master: None,
             lower: None,
             backing: Backing::Device,
+            usb: false,
             on_link: Vec::new(),
         }
     }
@@ -283,6 +296,24 @@ mod tests {
         tokio::time::timeout(SETTLE_AT_MOST * 4, settle(&mut chatter)).await.unwrap();
         let mut torrent = futures_util::stream::repeat(());
         tokio::time::timeout(SETTLE_AT_MOST * 4, settle(&mut torrent)).await.unwrap();
+    }
+
+    #[test]
+    fn what_stands_on_a_usb_adapter_leaves_through_usb() {
+        let on = |index, lower, usb| (index, Link { index, lower, usb, ..link("x") });
+        let links: BTreeMap<u32, Link> = [
+            on(1, None, false),
+            on(2, None, true),
+            on(3, Some(2), false),
+            on(4, Some(3), false),
+            on(5, Some(1), false),
+            // The kernel makes no such loop; whoever speaks for it must not hang the agent.
+            on(6, Some(7), false),
+            on(7, Some(6), false),
+        ]
+        .into();
+        let over: Vec<_> = links.values().filter(|link| is_over_usb(link, &links)).map(|l| l.index).collect();
+        assert_eq!(over, [2, 3, 4]);
     }
 
     #[test]

@@ -19,6 +19,31 @@ pub(super) fn backing(link: &Link) -> Backing {
     read(&directory)
 }
 
+/// True when a USB device stands behind the interface, at any distance: a Bluetooth network's device is a connection of an
+/// adapter's, a modem channel's is the modem's interface.
+pub(super) fn is_usb(link: &Link) -> bool {
+    let directory = Path::new("/sys/class/net").join(&link.name);
+    match link.backing {
+        Backing::Nothing | Backing::Tunnel => false,
+        Backing::ModemChannel => {
+            let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+            let mut lower =
+                entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"lower_"));
+            lower.any(|entry| is_below_usb(&entry.path()))
+        }
+        Backing::Device | Backing::SwitchConduit | Backing::VirtualMachine => is_below_usb(&directory),
+    }
+}
+
+/// By the directory of an interface: is its device, or one that this is a part of, on a USB bus?
+fn is_below_usb(directory: &Path) -> bool {
+    let on_usb = |device: &Path| {
+        let bus = fs::read_link(device.join("subsystem")).unwrap_or_default();
+        bus.file_name().is_some_and(|bus| bus == "usb")
+    };
+    fs::canonicalize(directory.join("device")).is_ok_and(|device| device.ancestors().any(on_usb))
+}
+
 /// By the directory of an interface.
 fn read(directory: &Path) -> Backing {
     // Documentation/ABI/testing/sysfs-class-net-qmi: connections are made and told apart by their mux_id.
@@ -83,6 +108,33 @@ mod tests {
             "in the virtual machine it is a network card"
         );
         assert_eq!(interface(&["qmap/mux_id"], None), Backing::ModemChannel);
+    }
+
+    #[test]
+    fn a_usb_device_is_behind_an_interface_at_any_distance() {
+        let sys = tempfile::tempdir().unwrap();
+        let make = |device: &str, bus: Option<&str>| {
+            let device = sys.path().join("devices").join(device);
+            fs::create_dir_all(&device).unwrap();
+            if let Some(bus) = bus {
+                symlink(Path::new("../../bus").join(bus), device.join("subsystem")).unwrap();
+            }
+            device
+        };
+        let interface = |name: &str, device: &Path| {
+            let directory = sys.path().join("class/net").join(name);
+            fs::create_dir_all(&directory).unwrap();
+            symlink(device, directory.join("device")).unwrap();
+            directory
+        };
+        let card = make("pci0/card", Some("pci"));
+        make("pci0/usb1", Some("usb"));
+        let adapter = make("pci0/usb1/1-2/1-2:1.0", Some("usb"));
+        let connection = make("pci0/usb1/1-3/1-3:1.0/bluetooth/hci0/hci0:256", Some("bluetooth"));
+        assert!(!is_below_usb(&interface("eth0", &card)));
+        assert!(is_below_usb(&interface("usb0", &adapter)));
+        assert!(is_below_usb(&interface("bnep0", &connection)));
+        assert!(!is_below_usb(&sys.path().join("class/net/gone")));
     }
 
     #[test]
