@@ -8,6 +8,7 @@
 //! transfer, the same in all its lines. Strings from outside are quoted and escaped ([`crate::raw::Escaped`]),
 //! so a line is always one line.
 
+mod class;
 mod usb;
 
 use std::fmt::{self, Display, Formatter};

@@ -4,6 +4,7 @@ use std::fmt::{self, Display, Formatter};
 
 use jiff::tz::TimeZone;
 
+use super::class::{self, Way};
 use super::{Quoted, Size, time};
 use crate::model::*;
 use crate::raw::Raw;
@@ -144,33 +145,16 @@ impl Display for Device<'_> {
         let d = self.0;
         write!(f, "{}", Named(&d.vendor, &d.model, &d.serial))?;
         write!(f, " [{:04x}:{:04x}]", d.vendor_id, d.product_id)?;
-        let mut kinds: Vec<_> = d.interfaces.iter().map(usb_class).collect();
-        kinds.dedup();
-        if !kinds.is_empty() {
-            write!(f, " {}", kinds.join(", "))?;
+        let uses = class::uses(&d.interfaces);
+        if !uses.is_empty() {
+            write!(f, " {uses}")?;
         }
-        write!(f, " at {}", d.devpath.escaped())
-    }
-}
-
-/// What an interface is for, by its class code (usb.org, "Defined Class Codes").
-fn usb_class(interface: &UsbInterface) -> String {
-    let UsbInterface { class, subclass, protocol } = *interface;
-    match (class, subclass, protocol) {
-        (0x01, ..) => "audio".into(),
-        (0x02, ..) => "communication".into(),
-        (0x03, 0x01, 0x01) => "keyboard".into(),
-        (0x03, 0x01, 0x02) => "mouse".into(),
-        (0x03, ..) => "input device".into(),
-        (0x06, ..) => "camera or phone".into(),
-        (0x07, ..) => "printer".into(),
-        (0x08, ..) => "storage".into(),
-        (0x09, ..) => "hub".into(),
-        (0x0a, ..) => "communication data".into(),
-        (0x0b, ..) => "smart card reader".into(),
-        (0x0e, ..) => "video".into(),
-        (0xe0, ..) => "wireless controller".into(),
-        _ => format!("class {class:02x}{subclass:02x}{protocol:02x}"),
+        write!(f, " at {}", d.devpath.escaped())?;
+        match uses.way() {
+            Way::Measured => Ok(()),
+            Way::Perhaps => write!(f, "; perhaps a way for data, bytes not measurable"),
+            Way::Unmeasured => write!(f, "{NOT_MEASURED}"),
+        }
     }
 }
 
@@ -189,6 +173,35 @@ mod tests {
 
     fn shown(function: Function) -> String {
         function_sentence(&UsbFunction { device: device(), function })
+    }
+
+    #[test]
+    fn a_device_through_which_nobody_counts_is_said_to_be_a_way_for_data_once() {
+        let line = |interfaces: &[(u8, u8, u8)]| {
+            let interface = |&(class, subclass, protocol): &_| UsbInterface { class, subclass, protocol };
+            let interfaces = interfaces.iter().map(interface).collect();
+            let device = UsbDevice { devpath: "/devices/usb1/1-2".into(), interfaces, ..device() };
+            Device(&device).to_string()
+        };
+        let named = r#""SanDisk Ultra" serial "4C53" [0000:0000]"#;
+        assert_eq!(line(&[]), format!("{named} at /devices/usb1/1-2"));
+        assert_eq!(line(&[(8, 6, 0x50)]), format!("{named} storage at /devices/usb1/1-2"));
+        assert_eq!(
+            line(&[(6, 1, 1), (0xff, 0x42, 1)]),
+            format!(
+                "{named} phone or camera (MTP, PTP), Android debugging (ADB) at /devices/usb1/1-2; \
+                 a way for data, bytes not measurable"
+            )
+        );
+        assert_eq!(
+            line(&[(0xff, 0, 0)]),
+            format!(
+                "{named} vendor-specific at /devices/usb1/1-2; perhaps a way for data, bytes not measurable"
+            )
+        );
+        // The longest there is stays a line that can be read.
+        let all_unknown: Vec<_> = (0..UsbDevice::MAX_INTERFACES as u8).map(|n| (0xdc, n, 0)).collect();
+        assert!(line(&all_unknown).len() < 700, "{}", line(&all_unknown));
     }
 
     #[test]
