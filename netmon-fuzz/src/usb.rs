@@ -81,7 +81,7 @@ fn message(mut properties: BTreeMap<Vec<u8>, Vec<u8>>) -> Message {
         serial: attribute(b"@serial"),
         descriptors: attribute(b"@descriptors"),
         size: attribute(b"@size"),
-        driver: attribute(b"@driver"),
+        driver: Some(attribute(b"@driver")).filter(|driver| !driver.is_empty()),
     };
     let property = |name: &[u8]| properties.get(name).cloned().unwrap_or_default();
     let mut message = Message {

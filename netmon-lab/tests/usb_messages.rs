@@ -274,12 +274,17 @@ fn what_the_kernel_makes_of_a_phone_is_told_once_each_and_behind_the_phone() {
     in_namespaces(|| {
         let mut watched = Watched::begun();
         let phone = stick(1);
+        // As udevd has renamed it; its first name is gone.
         let interface = format!("/sys{}/2-1:1.0", phone.devpath);
-        fs::create_dir_all(&interface).unwrap();
+        for name in ["enx02", "phone"] {
+            fs::create_dir_all(format!("{interface}/net/{name}")).unwrap();
+            symlink("../..", format!("{interface}/net/{name}/device")).unwrap();
+        }
         symlink("../../drivers/rndis_host", format!("{interface}/driver")).unwrap();
         // A part of a device that nobody announced is not USB's.
         inject_part(&phone, "add", "net", "2-1:1.0/net/usb0", &[]);
         phone.inject(Action::Add).unwrap();
+        inject_part(&phone, "add", "net", "2-1:1.0/net/usb0", &[("INTERFACE", "usb0")]);
         for _ in 0..2 {
             inject_part(&phone, "add", "net", "2-1:1.0/net/enx02", &[("INTERFACE", "enx02")]);
             let old = format!("{}/2-1:1.0/net/usb0", phone.devpath);

@@ -4,6 +4,7 @@
 //! mounted: they run in a virtual machine of their own, one after the other.
 #![expect(clippy::unwrap_used, reason = "a test that cannot prepare its machine has failed")]
 
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
@@ -14,9 +15,16 @@ use std::time::Duration;
 use netmon_agent::clock::Now;
 use netmon_agent::usb::disks::Stat;
 use netmon_agent::usb::{Options, UsbOutput, UsbWatch, watch};
-use netmon_common::model::{Disk, Event, GapReason, Traffic, UsbDevice, UsbInterface};
+use netmon_common::model::{
+    Disk, Event, Function, GapReason, Traffic, UsbDevice, UsbFunction, UsbInterface, UsbNetwork,
+};
 use netmon_common::raw::Raw;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+#[path = "usb_vm/phone.rs"]
+mod phone;
+
+use phone::Phone;
 
 /// The machine is emulated, on a PC that may be busy; what takes so long does not come.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -42,6 +50,8 @@ struct Watched {
     runtime: tokio::runtime::Runtime,
     /// What the disks did so far, all together.
     moved: Traffic,
+    /// What the kernel made of devices, and nobody asked for yet.
+    functions: VecDeque<UsbFunction>,
 }
 
 impl Watched {
@@ -49,7 +59,7 @@ impl Watched {
     fn start() -> (Self, Vec<UsbDevice>) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let watch = watch(Options::default()).unwrap();
-        let mut watched = Self { watch, runtime, moved: Traffic::default() };
+        let mut watched = Self { watch, runtime, moved: Traffic::default(), functions: VecDeque::new() };
         let mut present = Vec::new();
         loop {
             match watched.next() {
@@ -62,12 +72,40 @@ impl Watched {
     }
 
     fn next(&mut self) -> UsbOutput {
+        loop {
+            match self.take() {
+                UsbOutput::Event { event: Event::UsbFunction(function), .. } => {
+                    self.functions.push_back(function);
+                }
+                output => return output,
+            }
+        }
+    }
+
+    fn take(&mut self) -> UsbOutput {
         let next = async { tokio::time::timeout(PATIENCE, self.watch.next()).await };
-        let output = self.runtime.block_on(next).expect("the watch said nothing").expect("the watch is over");
+        let output = self.runtime.block_on(next).unwrap_or_else(|_| {
+            panic!("the watch said nothing more; it had said {:?}", self.functions);
+        });
+        let output = output.expect("the watch is over");
         if let UsbOutput::Disk(activity) = &output {
             self.moved += activity.traffic;
         }
         output
+    }
+
+    /// What the kernel made of a device next.
+    fn function(&mut self) -> UsbFunction {
+        loop {
+            if let Some(function) = self.functions.pop_front() {
+                return function;
+            }
+            match self.take() {
+                UsbOutput::Event { event: Event::UsbFunction(function), .. } => return function,
+                UsbOutput::Disk(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     /// The next event of a device; what disks do is only summed up.
@@ -290,4 +328,149 @@ fn without_udevd_the_kernel_tells_and_sysfs_names() {
     let Event::Gap(gap) = watched.next_event() else { panic!("no gap") };
     assert_eq!(gap.reason, GapReason::UsbMessagesLost);
     fs::rename(aside, control).unwrap();
+}
+
+#[test]
+#[ignore = "runs inside the VM: cargo xtask vm"]
+fn a_phone_that_shows_its_photos_is_a_device_without_bytes() {
+    let (mut watched, _) = Watched::start();
+    ask("plug m1 usb-mtp serial=PHOTOS");
+    let phone = watched.plugged();
+    assert_eq!(phone.interfaces, [UsbInterface::STILL_IMAGE]);
+    assert_eq!(phone.serial, "PHOTOS".into());
+    ask("unplug m1");
+    assert_eq!(watched.next_event(), Event::DeviceRemoved(phone));
+    assert_eq!((watched.moved, watched.functions.len()), (Traffic::default(), 0));
+}
+
+#[test]
+#[ignore = "runs inside the VM: cargo xtask vm"]
+fn a_serial_adapter_is_a_port_with_a_name() {
+    let (mut watched, _) = Watched::start();
+    ask("plug t1 usb-serial serial=LINE");
+    let device = watched.plugged();
+    assert_eq!(
+        watched.function(),
+        UsbFunction { device: device.clone(), function: Function::Serial { tty: "ttyUSB0".into() } }
+    );
+    drop(watched);
+
+    // It is told again to whoever comes later.
+    let (mut watched, present) = Watched::start();
+    assert_eq!(present, std::slice::from_ref(&device));
+    assert_eq!(watched.function().function, Function::Serial { tty: "ttyUSB0".into() });
+    ask("unplug t1");
+    assert_eq!(watched.next_event(), Event::DeviceRemoved(device));
+}
+
+#[test]
+#[ignore = "runs inside the VM: cargo xtask vm"]
+fn a_hub_is_not_told_and_what_is_behind_it_is() {
+    let (mut watched, _) = Watched::start();
+    ask("plug h1 usb-hub port=1");
+    ask("plug s1 usb-storage port=1.2 serial=BEHIND");
+    let stick = watched.plugged();
+    is_stick(&stick, "BEHIND");
+    assert!(stick.devpath.escaped().to_string().ends_with("/1-1/1-1.2"), "{stick:?}");
+    watched.active_disk("BEHIND");
+    ask("unplug s1");
+    assert_eq!(watched.unplugged().1, stick);
+    ask("unplug h1");
+    ask("plug k1 usb-kbd");
+    assert_eq!(watched.plugged().model, "QEMU USB Keyboard".into());
+    ask("unplug k1");
+    watched.next_event();
+}
+
+#[test]
+#[ignore = "runs inside the VM: cargo xtask vm"]
+fn each_disk_of_a_device_is_told_with_its_size() {
+    for (driver, serial) in [("usb-uas", "UAS"), ("usb-bot", "BOT")] {
+        let (mut watched, _) = Watched::start();
+        ask(&format!("plug many {driver} serial={serial} luns=2 size=32"));
+        let device = watched.plugged();
+        let mut told = [watched.function(), watched.function()];
+        told.sort_by_key(|told| format!("{:?}", told.function));
+        for (told, name) in told.into_iter().zip(["sda", "sdb"]) {
+            let disk = Function::Disk { name: name.into(), bytes: 32 << 20 };
+            assert_eq!(told, UsbFunction { device: device.clone(), function: disk }, "{driver}");
+        }
+        ask("unplug many");
+        let mut gone = Vec::new();
+        let removed = loop {
+            match watched.next() {
+                UsbOutput::DiskGone { disk, .. } => gone.push(name(&disk)),
+                UsbOutput::Event { event: Event::DeviceRemoved(device), .. } => break device,
+                UsbOutput::Disk(_) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        gone.sort();
+        assert_eq!((removed, gone), (device, vec!["sda".to_owned(), "sdb".to_owned()]), "{driver}");
+        assert_eq!(watched.functions, []);
+    }
+}
+
+#[test]
+#[ignore = "runs inside the VM: cargo xtask vm"]
+fn a_phone_is_one_device_with_several_functions_each_told_once() {
+    let phone = Phone::new();
+    let (mut watched, _) = Watched::start();
+    phone.plug();
+    let device = watched.plugged();
+    assert_eq!([&device.vendor, &device.model], [&Raw::from("Google"), &Raw::from("Pixel 7")]);
+    assert_eq!((device.serial.clone(), device.vendor_id), ("28091FDH2000AB".into(), 0x18d1));
+    let mut told: Vec<_> = (0..4).map(|_| watched.function()).collect();
+    assert!(told.iter().all(|told| told.device == device), "{told:?}");
+    let mut take = |is_it: fn(&Function) -> bool| {
+        told.remove(told.iter().position(|told| is_it(&told.function)).unwrap()).function
+    };
+    let network = take(|function| matches!(function, Function::Network { .. }));
+    let Function::Network { interface, kind: UsbNetwork::Phone } = network else { panic!("{network:?}") };
+    assert_eq!(
+        take(|function| matches!(function, Function::Serial { .. })),
+        Function::Serial { tty: "ttyACM0".into() }
+    );
+    let disk = |name: &str, bytes| Function::Disk { name: name.into(), bytes };
+    let full = take(|function| matches!(function, Function::Disk { bytes: 1.., .. }));
+    let Function::Disk { name: slot, bytes: 8_388_608 } = full else { panic!("{full:?}") };
+    let Function::Disk { name: other, bytes: 0 } = told.remove(0).function else { panic!("no empty slot") };
+
+    // Renamed, as udev's rules do it, or somebody by hand.
+    run("ip", &["link", "set", &interface.escaped().to_string(), "down"]);
+    run("ip", &["link", "set", &interface.escaped().to_string(), "name", "phone0"]);
+    let renamed = Function::Network { interface: "phone0".into(), kind: UsbNetwork::Phone };
+    assert_eq!(watched.function().function, renamed);
+
+    // A card is taken out, and another one is put in.
+    let node = format!("/dev/{}", slot.escaped());
+    phone.put_in(0, None);
+    let look = || {
+        // The kernel learns of a medium when somebody opens the disk.
+        let _ = File::open(&node);
+    };
+    look();
+    assert_eq!(watched.function().function, disk(&slot.escaped().to_string(), 0));
+    phone.put_in(0, Some(16 << 20));
+    look();
+    assert_eq!(watched.function().function, disk(&slot.escaped().to_string(), 16 << 20));
+    assert_ne!(slot, other);
+
+    // A port reset, and other drivers for a moment: the same device, and nothing of it is news but the interface, which has
+    // its first name again.
+    phone.reset(&device);
+    phone.rebind(&device);
+    phone.unplug();
+    loop {
+        match watched.next() {
+            UsbOutput::Event { event: Event::DeviceRemoved(removed), .. } => {
+                assert_eq!(removed, device);
+                break;
+            }
+            UsbOutput::Disk(_) | UsbOutput::DiskGone { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    let expected = Function::Network { interface, kind: UsbNetwork::Phone };
+    assert!(watched.functions.iter().all(|told| told.function == expected), "{:?}", watched.functions);
 }

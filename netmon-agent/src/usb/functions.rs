@@ -42,7 +42,7 @@ impl Functions {
         let function = match message.kind {
             Kind::Disk => Function::Disk { name, bytes: message.disk_bytes()? },
             Kind::Network => {
-                let kind = network(&message.attributes.driver, message.is_wwan(), device);
+                let kind = network(message.attributes.driver.as_deref()?, message.is_wwan(), device);
                 Function::Network { interface: name, kind }
             }
             Kind::Serial => Function::Serial { tty: name },
@@ -145,7 +145,7 @@ mod tests {
 
     fn interface(action: Action, name: &str, driver: &str) -> Message {
         let message = message(action, Kind::Network, &format!("2-1:1.0/net/{name}"));
-        Message { attributes: Attributes { driver: driver.into(), ..Attributes::default() }, ..message }
+        Message { attributes: Attributes { driver: Some(driver.into()), ..Attributes::default() }, ..message }
     }
 
     fn renamed(old: &str, new: &str, driver: &str) -> Message {
@@ -267,8 +267,10 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_whose_size_cannot_be_read_waits_for_one() {
+    fn what_is_gone_already_is_not_told_by_halves() {
         let (mut functions, stick) = (Functions::default(), device(3, &[]));
+        let nobody = message(Action::Add, Kind::Network, "2-1:1.0/net/usb0");
+        assert_eq!(shown(functions.handle(&nobody, &stick)), "");
         let gone = Message { attributes: Attributes::default(), ..disk(Action::Add, 0) };
         assert_eq!(shown(functions.handle(&gone, &stick)), "");
         assert_eq!(shown(functions.handle(&disk(Action::Other, 2), &stick)), "sdb 1024");

@@ -91,8 +91,8 @@ pub struct Attributes {
     pub descriptors: Vec<u8>,
     /// A disk's `size`, in sectors of 512 bytes whatever the disk's own are.
     pub size: Vec<u8>,
-    /// The driver of the device that a network interface stands on.
-    pub driver: Vec<u8>,
+    /// The driver of the device that a network interface stands on, empty where that has none; `None`: the interface is gone.
+    pub driver: Option<Vec<u8>>,
 }
 
 /// bInterfaceClass and bDeviceClass of a hub (usb.org, "Defined Class Codes").

@@ -161,12 +161,12 @@ fn is_virtual(device: &udev::Device) -> bool {
     device.devpath().as_bytes().starts_with(b"/devices/virtual/")
 }
 
-/// The driver of the device below an interface, `DEVICE/net/NAME`. By way of the path: the interface's own directory is
-/// gone as soon as somebody renames it.
-fn driver_below(interface: &Path) -> Vec<u8> {
-    let device = interface.parent().and_then(Path::parent);
-    let driver = device.and_then(|device| fs::read_link(device.join("driver")).ok());
-    driver.as_deref().and_then(Path::file_name).map(|name| name.as_bytes().to_vec()).unwrap_or_default()
+/// The driver of the device below an interface. `None`: the interface is gone, or has another name, of which a message is
+/// on the way.
+fn driver_below(interface: &Path) -> Option<Vec<u8>> {
+    let driver = fs::read_link(interface.join("device/driver")).unwrap_or_default();
+    // Only now: what was found is the driver's as long as its interface is there.
+    interface.exists().then(|| driver.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default())
 }
 
 /// Where udevd does not run or its rules do not look names up. A PC without a hardware database knows none.

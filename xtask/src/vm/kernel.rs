@@ -26,6 +26,13 @@ const MODULES: &[&str] = &[
     "cdc_acm",
     "rndis_host",
     "usbserial",
+    "ftdi_sio",
+    // The other end of USB, as in a phone, and a bus of its own that joins both ends.
+    "dummy_hcd",
+    "libcomposite",
+    "usb_f_acm",
+    "usb_f_mass_storage",
+    "usb_f_rndis",
     // Disks and what is on them.
     "sd_mod",
     "sr_mod",

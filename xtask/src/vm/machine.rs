@@ -4,15 +4,16 @@
 //! control line, on which the guest says `ready`, `exit STATUS` and, in between, asks for
 //!
 //! ```text
-//! plug ID DRIVER [NAME=VALUE]...    any USB device of QEMU; usb-storage takes size=MIB for its disk,
-//!                                   a usb-net hangs on a hub of its own
+//! plug ID DRIVER [NAME=VALUE]...    any USB device of QEMU; usb-storage takes size=MIB for its disk, usb-uas and
+//!                                   usb-bot luns=NUMBER as well; a usb-net hangs on a hub of its own, a usb-serial's
+//!                                   line leads nowhere, a usb-mtp holds one photo
 //! unplug ID
 //! ```
 //!
+//! and is answered `ok` or `error ...`.
+//!
 //! The machine has two network cards of each of two kinds ([`CARDS`]); a hub joins the cards of a kind, and nothing
 //! leads out.
-//!
-//! and is answered `ok` or `error ...`.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -37,6 +38,9 @@ const CARDS: [&str; 2] = ["e1000e", "virtio-net-pci"];
 
 /// QEMU answers at once; this is for a machine that is busy with other things.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// File of QEMU's own messages.
+const QEMU_SAYS: &str = "qemu.err";
 
 /// How a run ended.
 pub enum Outcome {
@@ -69,6 +73,8 @@ pub fn run(image: &Path, initrd: &Path, directory: &Path, time_limit: u64) -> an
             "vm: the end of the guest's console:\n{}",
             lines[lines.len().saturating_sub(30)..].join("\n")
         );
+        let said = fs::read_to_string(directory.join(QEMU_SAYS)).unwrap_or_default();
+        eprintln!("vm: QEMU itself says: {}", said.trim());
         if outcome.is_err() && was_misled(&text) {
             return Ok(Outcome::Misled);
         }
@@ -122,7 +128,7 @@ impl Machine {
         };
         let (control, control_path) = listen("control")?;
         let (qmp, qmp_path) = listen("qmp")?;
-        let error_path = directory.join("qemu.err");
+        let error_path = directory.join(QEMU_SAYS);
         let mut qemu = Command::new("qemu-system-x86_64")
             // Emulated, not KVM: where /dev/kvm is a nested one, stock kernels hang on it.
             .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1G"])
@@ -214,30 +220,67 @@ impl Machine {
         options: impl Iterator<Item = &'a str>,
     ) -> anyhow::Result<()> {
         let mut device = json!({ "driver": driver, "id": id, "bus": "xhci.0" });
-        let mut size = 64;
+        let (mut size, mut luns) = (64, 1);
         for option in options {
             let (name, value) =
                 option.split_once('=').with_context(|| format!("not NAME=VALUE: {option}"))?;
             match name {
                 "size" => size = value.parse().with_context(|| format!("not a number of MiB: {value}"))?,
+                "luns" => luns = value.parse().with_context(|| format!("not a number of disks: {value}"))?,
                 name => device[name] = value.into(),
             }
         }
-        if driver == "usb-storage" {
-            self.plugged += 1;
-            let node = format!("disk-{}", self.plugged);
-            self.qmp.ask("blockdev-add", disk(&node, &self.image(id, size)?))?;
-            device["drive"] = node.into();
-            device["removable"] = true.into();
-        }
-        if driver == "usb-net" {
-            self.plugged += 1;
-            let netdev = format!("usb-{}", self.plugged);
-            let hub = CARDS.len();
-            self.qmp.ask("netdev_add", json!({ "type": "hubport", "id": netdev, "hubid": hub }))?;
-            device["netdev"] = netdev.into();
+        self.plugged += 1;
+        let backend = format!("{driver}-{}", self.plugged);
+        match driver {
+            "usb-storage" => {
+                self.qmp.ask("blockdev-add", disk(&backend, &self.image(id, size)?))?;
+                device["drive"] = backend.into();
+                device["removable"] = true.into();
+            }
+            "usb-net" => {
+                let hub = CARDS.len();
+                self.qmp.ask("netdev_add", json!({ "type": "hubport", "id": backend, "hubid": hub }))?;
+                device["netdev"] = backend.into();
+            }
+            "usb-serial" => {
+                let nowhere = json!({ "type": "null", "data": {} });
+                self.qmp.ask("chardev-add", json!({ "id": backend, "backend": nowhere }))?;
+                device["chardev"] = backend.into();
+                // Nobody opens the other end.
+                device["always-plugged"] = true.into();
+            }
+            "usb-mtp" => {
+                let photos = self.directory.join(&backend);
+                fs::create_dir(&photos)?;
+                fs::write(photos.join("photo.jpg"), [0xff; 4096])?;
+                device["rootdir"] = photos.display().to_string().into();
+            }
+            "usb-uas" | "usb-bot" => return self.plug_disks(id, device, &backend, luns, size),
+            _ => {}
         }
         self.qmp.ask("device_add", device)
+    }
+
+    /// A device with several disks: they are put into it before it is plugged in.
+    fn plug_disks(
+        &mut self,
+        id: &str,
+        device: Value,
+        backend: &str,
+        luns: u8,
+        size: u64,
+    ) -> anyhow::Result<()> {
+        self.qmp.ask("device_add", device)?;
+        for lun in 0..luns {
+            let node = format!("{backend}-{lun}");
+            self.qmp.ask("blockdev-add", disk(&node, &self.image(&format!("{id}lun{lun}"), size)?))?;
+            let bus = format!("{id}.0");
+            let part = json!({ "driver": "scsi-hd", "bus": bus, "drive": node, "scsi-id": 0, "lun": lun });
+            self.qmp.ask("device_add", part)?;
+        }
+        let path = format!("/machine/peripheral/{id}");
+        self.qmp.ask("qom-set", json!({ "path": path, "property": "attached", "value": true }))
     }
 
     /// The disk's file. The same ID is the same stick, with what is on it.
