@@ -5,7 +5,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netmon_agent::flows::{Flows, Policy};
 use netmon_agent::kernel::{FlowDelta, fed};
 use netmon_agent::links;
-use netmon_common::raw::Raw;
+use netmon_agent::transfers::Through;
 
 use crate::input::Input;
 
@@ -42,7 +42,7 @@ pub fn tables(data: &[u8]) {
             assert!(delta.first_ns <= delta.last_ns, "{delta:?}");
             assert_ne!(delta.moved, Default::default(), "{delta:?}");
         }
-        let moved = flows.observe(&mut out, &Policy::default(), now_ns, |_| Raw::default());
+        let moved = flows.observe(&mut out, &Policy::default(), now_ns, |_| Through::default());
         assert_eq!(moved.len(), out.len());
         out.clear();
         while flows.next_moved().is_some() {}

@@ -34,8 +34,8 @@ pub fn usb(data: &[u8]) {
         message.wants_names();
         if let Some(above) = devices.above(&message.devpath) {
             assert!(message.devpath.len() > above.devpath.as_bytes().len());
-            functions.handle(&message, above).into_iter().for_each(is_recorded);
-            assert_eq!(functions.handle(&message, above), None);
+            functions.handle(&message, above, at).into_iter().for_each(is_recorded);
+            assert_eq!(functions.handle(&message, above, at), None);
         }
         listed.insert(message.devpath.clone(), message);
     }

@@ -286,7 +286,7 @@ impl Follower {
             return Ok(());
         }
         let Some(device) = self.devices.above(&message.devpath) else { return Ok(()) };
-        let told = self.functions.handle(message, device);
+        let told = self.functions.handle(message, device, now.boot_ns);
         told.map_or(Ok(()), |event| self.send(UsbOutput::Event { boot_ns: now.boot_ns, event }))
     }
 
@@ -295,8 +295,9 @@ impl Follower {
         let mut events = Vec::new();
         for devpath in self.sampler.devpaths() {
             let sized = disk_bytes(devpath, &disk_size(devpath)).zip(self.devices.above(devpath));
-            let event =
-                sized.and_then(|(bytes, device)| self.functions.sized(last_of(devpath), bytes, device));
+            let event = sized.and_then(|(bytes, device)| {
+                self.functions.sized(last_of(devpath), bytes, device, now.boot_ns)
+            });
             events.extend(event);
         }
         self.take_events(events, now)

@@ -14,7 +14,13 @@ use super::message::{Action, Kind, Message};
 #[derive(Debug, Default)]
 pub struct Functions {
     told: BTreeMap<Part, Function>,
+    /// Disks that have no size, though that was not told: since when, boot clock, nanoseconds.
+    empty: BTreeMap<Part, u64>,
 }
+
+/// A disk that has had no size for so long has no medium. A disk that is going away has none for a moment, too (the kernel's
+/// `del_gendisk`), and it is its removal that is told then.
+const EMPTY_NS: u64 = 1_000_000_000;
 
 /// One thing that the kernel made of one device.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,25 +36,63 @@ impl Functions {
     /// What does not fit is told all the same, and perhaps again.
     pub const MAX: usize = 4096;
 
-    /// One message, or one listed device, about a part of `device`. What it is to this PC, unless that was told.
-    pub fn handle(&mut self, message: &Message, device: &UsbDevice) -> Option<Event> {
+    /// One message, or one listed device, about a part of `device`. What it is to this PC, unless that was told; that a
+    /// disk has no medium is left to [`Functions::sized`].
+    pub fn handle(&mut self, message: &Message, device: &UsbDevice, now_ns: u64) -> Option<Event> {
         let name = message.name_of_part();
+        let part = part(device, message.kind, name.clone());
         if let Some(old) = message.old_name_of_part().filter(|old| *old != name) {
-            self.told.remove(&part(device, message.kind, old));
+            let old = Part { name: old, ..part.clone() };
+            self.told.remove(&old);
+            self.empty.remove(&old);
         }
         if message.action == Action::Remove {
+            self.empty.remove(&part);
             return None;
         }
-        let function = match message.kind {
-            Kind::Disk => Function::Disk { name, bytes: message.disk_bytes()? },
+        match message.kind {
+            Kind::Disk => self.disk(part, message.disk_bytes()?, device, now_ns),
             Kind::Network => {
                 let kind = network(message.attributes.driver.as_deref()?, message.is_wwan(), device);
-                Function::Network { interface: name, kind }
+                self.tell(part, Function::Network { interface: name, kind }, device)
             }
-            Kind::Serial => Function::Serial { tty: name },
-            Kind::UsbDevice | Kind::Other => return None,
-        };
-        let part = part(device, message.kind, message.name_of_part());
+            Kind::Serial => self.tell(part, Function::Serial { tty: name }, device),
+            Kind::UsbDevice | Kind::Other => None,
+        }
+    }
+
+    /// The disk `name` of `device` is there and has this size now; to be said several times a second. Another size than was
+    /// told means another medium, or none.
+    pub fn sized(&mut self, name: Raw, bytes: u64, device: &UsbDevice, now_ns: u64) -> Option<Event> {
+        let part = part(device, Kind::Disk, name);
+        let has_room = self.told.len() < Self::MAX || self.told.contains_key(&part);
+        // Else it would be told each time.
+        has_room.then(|| self.disk(part, bytes, device, now_ns))?
+    }
+
+    /// The device is gone: whatever comes of it when it is plugged in again is told again.
+    pub fn forget(&mut self, device: &UsbDevice) {
+        let is_another = |part: &Part| (part.bus, part.number) != (device.bus, device.number);
+        self.told.retain(|part, _| is_another(part));
+        self.empty.retain(|part, _| is_another(part));
+    }
+
+    fn disk(&mut self, part: Part, bytes: u64, device: &UsbDevice, now_ns: u64) -> Option<Event> {
+        if bytes > 0 {
+            self.empty.remove(&part);
+        } else if !self.empty.contains_key(&part) && self.empty.len() >= Self::MAX {
+            return None;
+        } else {
+            let since_ns = *self.empty.entry(part.clone()).or_insert(now_ns);
+            if now_ns.saturating_sub(since_ns) < EMPTY_NS {
+                return None;
+            }
+        }
+        let name = part.name.clone();
+        self.tell(part, Function::Disk { name, bytes }, device)
+    }
+
+    fn tell(&mut self, part: Part, function: Function, device: &UsbDevice) -> Option<Event> {
         if self.told.get(&part) == Some(&function) {
             return None;
         }
@@ -56,22 +100,6 @@ impl Functions {
             self.told.insert(part, function.clone());
         }
         Some(Event::UsbFunction(UsbFunction { device: device.clone(), function }))
-    }
-
-    /// The disk `name` of `device` has this size now. Another one than was told means another medium, or none.
-    pub fn sized(&mut self, name: Raw, bytes: u64, device: &UsbDevice) -> Option<Event> {
-        let told = self.told.get_mut(&part(device, Kind::Disk, name.clone()))?;
-        let function = Function::Disk { name, bytes };
-        if *told == function {
-            return None;
-        }
-        *told = function.clone();
-        Some(Event::UsbFunction(UsbFunction { device: device.clone(), function }))
-    }
-
-    /// The device is gone: whatever comes of it when it is plugged in again is told again.
-    pub fn forget(&mut self, device: &UsbDevice) {
-        self.told.retain(|part, _| (part.bus, part.number) != (device.bus, device.number));
     }
 }
 
@@ -170,24 +198,24 @@ mod tests {
     #[test]
     fn a_disk_is_told_once_whatever_is_said_of_it_afterwards() {
         let (mut functions, stick) = (Functions::default(), device(3, &[]));
-        assert_eq!(shown(functions.handle(&disk(Action::Add, 2), &stick)), "sdb 1024");
+        assert_eq!(shown(functions.handle(&disk(Action::Add, 2), &stick, 0)), "sdb 1024");
         for action in [Action::Add, Action::Other, Action::Remove, Action::Add] {
-            assert_eq!(shown(functions.handle(&disk(action, 2), &stick)), "", "{action:?}");
+            assert_eq!(shown(functions.handle(&disk(action, 2), &stick, 0)), "", "{action:?}");
         }
-        assert_eq!(shown(functions.sized("sdb".into(), 1024, &stick)), "");
+        assert_eq!(shown(functions.sized("sdb".into(), 1024, &stick, 0)), "");
     }
 
     #[test]
     fn a_reset_or_another_driver_is_no_news_and_a_new_number_is() {
         let (mut functions, adapter) = (Functions::default(), device(3, &[]));
         let come = interface(Action::Add, "usb0", "cdc_ether");
-        assert_eq!(shown(functions.handle(&come, &adapter)), "usb0 Adapter");
-        functions.handle(&interface(Action::Remove, "usb0", ""), &adapter);
-        assert_eq!(shown(functions.handle(&come, &adapter)), "");
+        assert_eq!(shown(functions.handle(&come, &adapter, 0)), "usb0 Adapter");
+        functions.handle(&interface(Action::Remove, "usb0", ""), &adapter, 0);
+        assert_eq!(shown(functions.handle(&come, &adapter, 0)), "");
         functions.forget(&adapter);
-        assert_eq!(shown(functions.handle(&come, &device(4, &[]))), "usb0 Adapter");
+        assert_eq!(shown(functions.handle(&come, &device(4, &[]), 0)), "usb0 Adapter");
         // Even when nobody said that the first one is gone.
-        assert_eq!(shown(functions.handle(&come, &device(5, &[]))), "usb0 Adapter");
+        assert_eq!(shown(functions.handle(&come, &device(5, &[]), 0)), "usb0 Adapter");
     }
 
     #[test]
@@ -197,13 +225,28 @@ mod tests {
             let behind = format!("2-1:1.0/host6/target6:0:0/6:0:0:{lun}/block/sd{}", char::from(b'b' + lun));
             Message { devpath: format!("{PORT}/{behind}").into(), ..disk(Action::Other, sectors) }
         };
-        assert_eq!(shown(functions.handle(&slot(0, 0), &reader)), "sdb 0");
-        assert_eq!(shown(functions.handle(&slot(1, 4), &reader)), "sdc 2048");
-        assert_eq!(shown(functions.handle(&slot(0, 2), &reader)), "sdb 1024");
-        assert_eq!(shown(functions.handle(&slot(1, 4), &reader)), "");
-        assert_eq!(shown(functions.sized("sdc".into(), 0, &reader)), "sdc 0");
-        assert_eq!(shown(functions.handle(&slot(1, 0), &reader)), "");
-        assert_eq!(shown(functions.sized("sdd".into(), 7, &reader)), "", "never told of");
+        assert_eq!(shown(functions.handle(&slot(0, 0), &reader, 0)), "");
+        assert_eq!(shown(functions.handle(&slot(1, 4), &reader, 0)), "sdc 2048");
+        assert_eq!(shown(functions.sized("sdb".into(), 0, &reader, EMPTY_NS)), "sdb 0");
+        assert_eq!(shown(functions.sized("sdb".into(), 0, &reader, 2 * EMPTY_NS)), "");
+        assert_eq!(shown(functions.handle(&slot(0, 2), &reader, 0)), "sdb 1024");
+        assert_eq!(shown(functions.handle(&slot(1, 4), &reader, 0)), "");
+        assert_eq!(shown(functions.sized("sdc".into(), 0, &reader, 0)), "");
+        assert_eq!(shown(functions.sized("sdc".into(), 0, &reader, EMPTY_NS)), "sdc 0");
+        assert_eq!(shown(functions.handle(&slot(1, 0), &reader, EMPTY_NS)), "");
+        assert_eq!(shown(functions.sized("sdc".into(), 8, &reader, EMPTY_NS)), "sdc 8");
+    }
+
+    #[test]
+    fn a_disk_that_loses_its_size_because_it_goes_is_not_empty() {
+        let (mut functions, stick) = (Functions::default(), device(3, &[]));
+        assert_eq!(shown(functions.handle(&disk(Action::Add, 2), &stick, 0)), "sdb 1024");
+        assert_eq!(shown(functions.sized("sdb".into(), 0, &stick, 1)), "");
+        assert_eq!(shown(functions.handle(&disk(Action::Other, 0), &stick, EMPTY_NS)), "");
+        functions.handle(&disk(Action::Remove, 0), &stick, EMPTY_NS);
+        // Another driver takes it: what was seen of it before does not count.
+        assert_eq!(shown(functions.handle(&disk(Action::Add, 0), &stick, 2 * EMPTY_NS)), "");
+        assert_eq!(shown(functions.sized("sdb".into(), 1024, &stick, 3 * EMPTY_NS)), "");
     }
 
     #[test]
@@ -212,13 +255,13 @@ mod tests {
         // udevd has renamed it already when it speaks for the first time; its word of the renaming follows.
         let mut functions = Functions::default();
         let come = interface(Action::Add, "enx0250", "cdc_ether");
-        assert_eq!(shown(functions.handle(&come, &adapter)), "enx0250 Adapter");
-        assert_eq!(shown(functions.handle(&renamed("usb0", "enx0250", "cdc_ether"), &adapter)), "");
+        assert_eq!(shown(functions.handle(&come, &adapter, 0)), "enx0250 Adapter");
+        assert_eq!(shown(functions.handle(&renamed("usb0", "enx0250", "cdc_ether"), &adapter, 0)), "");
         // The kernel speaks first, or somebody renames it later, and back.
         let mut functions = Functions::default();
         let come = interface(Action::Add, "usb0", "cdc_ether");
-        assert_eq!(shown(functions.handle(&come, &adapter)), "usb0 Adapter");
-        let mut rename = |old, new| shown(functions.handle(&renamed(old, new, "cdc_ether"), &adapter));
+        assert_eq!(shown(functions.handle(&come, &adapter, 0)), "usb0 Adapter");
+        let mut rename = |old, new| shown(functions.handle(&renamed(old, new, "cdc_ether"), &adapter, 0));
         assert_eq!(rename("usb0", "lan7"), "lan7 Adapter");
         assert_eq!(rename("usb0", "lan7"), "");
         assert_eq!(rename("lan7", "usb0"), "usb0 Adapter");
@@ -229,7 +272,7 @@ mod tests {
         let adb = OF_PHONES[1];
         let kind = |driver: &str, interfaces: &[UsbInterface]| {
             let come = interface(Action::Add, "usb0", driver);
-            shown(Functions::default().handle(&come, &device(3, interfaces)))
+            shown(Functions::default().handle(&come, &device(3, interfaces), 0))
         };
         for (driver, interfaces, expected) in [
             ("rndis_host", &[][..], "Phone"),
@@ -250,30 +293,30 @@ mod tests {
         }
         let mut wwan = interface(Action::Add, "wwan0", "cdc_ether");
         wwan.properties.insert("DEVTYPE".into(), "wwan".into());
-        assert_eq!(shown(Functions::default().handle(&wwan, &device(3, &[]))), "wwan0 Modem");
+        assert_eq!(shown(Functions::default().handle(&wwan, &device(3, &[]), 0)), "wwan0 Modem");
     }
 
     #[test]
     fn a_device_with_several_functions_is_told_with_each_of_them() {
         let (mut functions, phone) = (Functions::default(), device(3, &[UsbInterface::STILL_IMAGE]));
         let tty = message(Action::Add, Kind::Serial, "2-1:1.2/tty/ttyACM0");
-        assert_eq!(shown(functions.handle(&disk(Action::Add, 2), &phone)), "sdb 1024");
+        assert_eq!(shown(functions.handle(&disk(Action::Add, 2), &phone, 0)), "sdb 1024");
         assert_eq!(
-            shown(functions.handle(&interface(Action::Add, "usb0", "rndis_host"), &phone)),
+            shown(functions.handle(&interface(Action::Add, "usb0", "rndis_host"), &phone, 0)),
             "usb0 Phone"
         );
-        assert_eq!(shown(functions.handle(&tty, &phone)), "ttyACM0");
-        assert_eq!(shown(functions.handle(&tty, &phone)), "");
+        assert_eq!(shown(functions.handle(&tty, &phone, 0)), "ttyACM0");
+        assert_eq!(shown(functions.handle(&tty, &phone, 0)), "");
     }
 
     #[test]
     fn what_is_gone_already_is_not_told_by_halves() {
         let (mut functions, stick) = (Functions::default(), device(3, &[]));
         let nobody = message(Action::Add, Kind::Network, "2-1:1.0/net/usb0");
-        assert_eq!(shown(functions.handle(&nobody, &stick)), "");
+        assert_eq!(shown(functions.handle(&nobody, &stick, 0)), "");
         let gone = Message { attributes: Attributes::default(), ..disk(Action::Add, 0) };
-        assert_eq!(shown(functions.handle(&gone, &stick)), "");
-        assert_eq!(shown(functions.handle(&disk(Action::Other, 2), &stick)), "sdb 1024");
+        assert_eq!(shown(functions.handle(&gone, &stick, 0)), "");
+        assert_eq!(shown(functions.handle(&disk(Action::Other, 2), &stick, 0)), "sdb 1024");
     }
 
     #[test]
@@ -281,10 +324,16 @@ mod tests {
         let (mut functions, hostile) = (Functions::default(), device(3, &[]));
         for number in 0..Functions::MAX + 10 {
             let tty = message(Action::Add, Kind::Serial, &format!("2-1:1.0/tty/ttyUSB{number}"));
-            assert_eq!(shown(functions.handle(&tty, &hostile)), format!("ttyUSB{number}"));
+            assert_eq!(shown(functions.handle(&tty, &hostile, 0)), format!("ttyUSB{number}"));
         }
         assert_eq!(functions.told.len(), Functions::MAX);
         functions.forget(&hostile);
         assert!(functions.told.is_empty());
+        for number in 0..Functions::MAX + 10 {
+            functions.sized(Raw::new(format!("sd{number}")), 0, &hostile, 0);
+        }
+        assert_eq!(functions.empty.len(), Functions::MAX);
+        functions.forget(&hostile);
+        assert!(functions.empty.is_empty());
     }
 }

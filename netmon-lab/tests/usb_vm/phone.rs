@@ -13,6 +13,9 @@ use netmon_common::model::UsbDevice;
 const CONFIGFS: &str = "/sys/kernel/config";
 const GADGET: &str = "/sys/kernel/config/usb_gadget/phone";
 
+/// What the phone is, in the order of its interfaces.
+const FUNCTIONS: [&str; 3] = ["rndis.0", "acm.0", "mass_storage.0"];
+
 /// The phone, not plugged in yet.
 pub struct Phone;
 
@@ -39,7 +42,7 @@ impl Phone {
         phone.make("functions/acm.0", &[]);
         phone.make("functions/mass_storage.0/lun.0", &[("removable", "1")]);
         phone.make("functions/mass_storage.0/lun.1", &[("removable", "1")]);
-        for function in ["rndis.0", "acm.0", "mass_storage.0"] {
+        for function in FUNCTIONS {
             let to = phone.path("configs/c.1").join(function);
             symlink(phone.path("functions").join(function), to).unwrap();
         }
@@ -101,8 +104,19 @@ impl Phone {
 }
 
 impl Drop for Phone {
+    /// A test must not leave a phone for the next one, however it ended; so what fails here is what is not there.
     fn drop(&mut self) {
-        // Fails when it is not plugged in; a test that failed must not leave it there for the next one.
         let _ = fs::write(self.path("UDC"), "\n");
+        for function in FUNCTIONS {
+            let _ = fs::remove_file(self.path("configs/c.1").join(function));
+        }
+        for directory in ["functions/mass_storage.0/lun.1", "configs/c.1", "strings/0x409", ""] {
+            if directory.is_empty() {
+                for function in FUNCTIONS {
+                    let _ = fs::remove_dir(self.path("functions").join(function));
+                }
+            }
+            let _ = fs::remove_dir(self.path(directory));
+        }
     }
 }
