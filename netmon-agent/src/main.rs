@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{IsTerminal, Read};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -252,7 +253,7 @@ fn command(cli: Cli) -> Result<ExitCode> {
         }
         Command::UsbMarks => {
             privileges::restrict(marker::CAPABILITIES)?;
-            marker::serve(rustix::stdio::stdin(), marker::is_on_usb)
+            marker::serve(std::io::stdin().as_fd(), marker::is_on_usb)
                 .context("cannot serve the agent; `netmon-agent run` starts this process")?;
             Ok(ExitCode::SUCCESS)
         }
