@@ -74,6 +74,8 @@ impl Watched {
     fn next_event(&mut self) -> Event {
         loop {
             match self.next() {
+                // What is mounted is what usb_storage_vm.rs looks at.
+                UsbOutput::Event { event: Event::UsbVolume(_), .. } => {}
                 UsbOutput::Event { event, .. } => return event,
                 UsbOutput::Disk(_) => {}
                 other => panic!("{other:?}"),
@@ -108,7 +110,7 @@ impl Watched {
                 UsbOutput::Event { event: Event::DeviceRemoved(device), .. } => {
                     assert!(removed.replace(device).is_none());
                 }
-                UsbOutput::Disk(_) => {}
+                UsbOutput::Disk(_) | UsbOutput::Event { event: Event::UsbVolume(_), .. } => {}
                 other => panic!("{other:?}"),
             }
         }

@@ -68,6 +68,7 @@ pub fn run(parts: &[Part]) -> Result<()> {
     }
     if wanted(Part::Vm) {
         vm::run(&vm::Args::usb_tests(USB_KERNEL))?;
+        vm::run(&vm::Args::storage_tests(USB_KERNEL))?;
         let (kernel, command) = OLDEST_KERNEL;
         vm::run(&vm::Args::command(kernel, "kernel", &["ip", "tc"], command))?;
         let stacks = |kernel, which: &str| {

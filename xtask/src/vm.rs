@@ -50,6 +50,17 @@ impl Args {
         }
     }
 
+    /// What is copied to and from sticks, with what stands between file systems and disks.
+    pub fn storage_tests(kernel: &str) -> Self {
+        let command = "RUST_BACKTRACE=1 usb_storage_vm --ignored --nocapture --test-threads=1";
+        Self::command(
+            kernel,
+            "usb_storage_vm",
+            &["cryptsetup", "lvm", "mke2fs", "mkfs.fat", "sfdisk"],
+            command,
+        )
+    }
+
     /// The units of `deploy` under systemd.
     pub fn units(kernel: &str) -> Self {
         let mut args = Self::programs(kernel, "units_vm", &["ip", "unshare"]);
@@ -75,7 +86,7 @@ impl Args {
 }
 
 /// Debian packages that making and running a guest takes.
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 14] = [
     "qemu-system-x86",
     "busybox-static",
     "kmod",
@@ -86,6 +97,10 @@ const PACKAGES: [&str; 10] = [
     "iproute2",
     "ethtool",
     "wireguard-tools",
+    "cryptsetup-bin",
+    "dosfstools",
+    "fdisk",
+    "lvm2",
 ];
 
 /// About 1 boot in 100 hangs under QEMU's emulation.
