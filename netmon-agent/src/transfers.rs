@@ -37,7 +37,7 @@ use netmon_common::raw::Raw;
 
 use crate::clock::Now;
 
-pub use disk::{DISK_SAMPLE_NS, MAX_MOUNT_WRITES, MAX_PROBE, WRITEBACK_SILENCE_NS};
+pub use disk::{DISK_LATE_NS, MAX_MOUNT_WRITES, MAX_PROBE, WRITEBACK_SILENCE_NS};
 
 /// Silence that ends a transfer: the pause that the lab's rules name. The kernel marks bursts by the same.
 pub const SILENCE_NS: u64 = abi::SILENCE_NS;
@@ -215,8 +215,8 @@ impl Transfers {
     /// `now_ns` is a boot time up to which all activity was taken in: for flows, the moment before the sweep.
     pub fn handle_timeout(&mut self, now_ns: u64) {
         let over = |burst: &Burst| {
-            let sampled = if burst.disk.is_some() { DISK_SAMPLE_NS } else { 0 };
-            now_ns >= burst.silent_ns().saturating_add(sampled)
+            let late = if burst.disk.is_some() { DISK_LATE_NS } else { 0 };
+            now_ns >= burst.silent_ns().saturating_add(late)
         };
         let silent: Vec<_> =
             self.bursts.iter().filter(|(_, burst)| over(burst)).map(|(path, _)| path.clone()).collect();

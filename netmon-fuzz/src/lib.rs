@@ -12,13 +12,14 @@
 //! * [`spool`]: the agent's spool, found on disk
 //! * [`kernel`]: ring records and flow tables, netlink's datagrams
 //! * [`packet`]: the kernel programs' parser, built for the host
-//! * [`usb`]: udev's messages, disks' counters
+//! * [`usb`], [`mounts`]: udev's messages, disks' counters, the list of mounts
 //! * [`files`]: `ip.txt`, `agent.toml`
 
 pub mod files;
 mod frame;
 mod input;
 pub mod kernel;
+pub mod mounts;
 pub mod packet;
 // Its comments speak to those who read it in its own crate.
 #[path = "../../netmon-ebpf/src/parse.rs"]

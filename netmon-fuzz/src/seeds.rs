@@ -619,6 +619,12 @@ pub fn usb() -> Vec<Vec<u8>> {
     ]
     .concat();
     let several = |messages: &[&str]| messages.join("\0\0").into_bytes();
+    let mounts = "@mounts=21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/8:1 rw,errors=remount-ro\n\
+                  90 21 8:17 / /media/1 rw,nosuid shared:50 - vfat /dev/8:17 ro,fmask=0022\n\
+                  91 21 7:1 / /image\\040of\\134it rw - ext4 /dev/7:1 rw\n\
+                  92 21 253:7 / /secret ro master:2 propagate_from:1 - xfs /dev/mapper/secret rw\n\
+                  93 21 0:40 /sub /b rw - btrfs /dev/8:18 rw\n94 21 0:41 / /c rw - bcachefs /dev/8:1:/dev/8:2 rw\n\
+                  95 21 8:17 /dir /bind rw - vfat /dev/8:17 ro\n";
     let added = device("add", &by_udevd);
     vec![
         added.clone().into_bytes(),
@@ -627,6 +633,7 @@ pub fn usb() -> Vec<Vec<u8>> {
         several(&[hub, &added, &device("remove", &[])]),
         [device("add", &[]).as_bytes(), &descriptors].concat(),
         several(&[&device("remove", &[]), &device("remove", &[]), stat]),
+        several(&[stat, mounts]),
     ]
 }
 

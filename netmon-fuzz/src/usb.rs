@@ -1,4 +1,4 @@
-//! What udev says of devices, and the kernel of disks.
+//! What udev says of devices, and the kernel of disks and mounts.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,8 @@ use crate::input::Input;
 use crate::records::is_one_line;
 
 /// Messages, separated by two zeros, each of them `NAME=value` separated by zeros as udevd sends it; what sysfs says of a
-/// device comes as `@manufacturer=…`, of a disk as `@size=…`. A disk's counters come as `@stat=…`.
+/// device comes as `@manufacturer=…`, of a disk as `@size=…`. A disk's counters come as `@stat=…`, the list of mounts as
+/// `@mounts=…`.
 ///
 /// Every event is a record that fits and a line; who lists the devices twice hears nothing the second time.
 pub fn usb(data: &[u8]) {
@@ -25,6 +26,9 @@ pub fn usb(data: &[u8]) {
         let properties: BTreeMap<Vec<u8>, Vec<u8>> = properties(bytes).collect();
         if let Some(stat) = properties.get(&b"@stat"[..]).and_then(|text| Stat::parse(text)) {
             meter.sample(stat, at);
+        }
+        if let Some(text) = properties.get(&b"@mounts"[..]) {
+            crate::mounts::mounts(text, meter.disk());
         }
         let message = message(properties);
         assert!(message.usb_device().interfaces.len() <= UsbDevice::MAX_INTERFACES);
@@ -47,7 +51,7 @@ pub fn usb(data: &[u8]) {
     assert!(gone.iter().all(|event| matches!(event, Event::DeviceRemoved(_))));
 }
 
-fn is_recorded(event: Event) {
+pub(crate) fn is_recorded(event: Event) {
     let record = Record { seq: 1, run: 1, boot_ns: 0, wall_ns: 0, event };
     let bytes = record.to_bytes().expect("an event of ours fits into a record");
     assert_eq!(Record::from_bytes(&bytes).as_ref(), Ok(&record));

@@ -112,6 +112,8 @@ impl Watched {
     fn next_event(&mut self) -> Event {
         loop {
             match self.next() {
+                // What is mounted is what usb_storage_vm.rs looks at.
+                UsbOutput::Event { event: Event::UsbVolume(_), .. } => {}
                 UsbOutput::Event { event, .. } => return event,
                 UsbOutput::Disk(_) => {}
                 other => panic!("{other:?}"),
@@ -146,7 +148,7 @@ impl Watched {
                 UsbOutput::Event { event: Event::DeviceRemoved(device), .. } => {
                     assert!(removed.replace(device).is_none());
                 }
-                UsbOutput::Disk(_) => {}
+                UsbOutput::Disk(_) | UsbOutput::Event { event: Event::UsbVolume(_), .. } => {}
                 other => panic!("{other:?}"),
             }
         }

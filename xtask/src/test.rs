@@ -67,6 +67,7 @@ pub fn run(parts: &[Part]) -> Result<()> {
     }
     if wanted(Part::Vm) {
         vm::run(&vm::Args::matrix(&KERNELS))?;
+        vm::run(&vm::Args::storage_tests(ONE_KERNEL))?;
         let stacks = |kernel, which: &str| {
             let command = format!("stacks_vm --ignored --nocapture --test-threads=1 {which}");
             vm::run(&vm::Args::command(kernel, "stacks_vm", &["ip", "tc", "ethtool", "wg"], &command))
@@ -81,6 +82,9 @@ pub fn run(parts: &[Part]) -> Result<()> {
             vm::run(&vm::Args::units(kernel))?;
         }
         vm::run(&vm::Args::programs(ONE_KERNEL, "clock_vm", &["ip"]))?;
+        for test in ["usb_agent_vm", "usb_room_vm"] {
+            vm::run(&vm::Args::programs(ONE_KERNEL, test, &["ip"]))?;
+        }
         vm::run(&vm::Args::programs(ONE_KERNEL, "disk_vm", &["ip", "dmsetup", "mkfs.ext4"]))?;
     }
     if parts.contains(&Part::Full) {

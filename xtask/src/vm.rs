@@ -60,6 +60,17 @@ impl Args {
         Self { kernels, matrix: true, time_limit: 900, ..Self::usb_tests("") }
     }
 
+    /// What is copied to and from sticks, with what stands between file systems and disks.
+    pub fn storage_tests(kernel: &str) -> Self {
+        let command = "RUST_BACKTRACE=1 usb_storage_vm --ignored --nocapture --test-threads=1";
+        Self::command(
+            kernel,
+            "usb_storage_vm",
+            &["cryptsetup", "lvm", "mke2fs", "mkfs.fat", "sfdisk"],
+            command,
+        )
+    }
+
     /// The units of `deploy` under systemd.
     pub fn units(kernel: &str) -> Self {
         let mut args = Self::programs(kernel, "units_vm", &["ip", "unshare"]);
@@ -69,7 +80,8 @@ impl Args {
 
     /// A test of netmon-lab that runs netmon's own programs.
     pub fn programs(kernel: &str, test: &str, tools: &[&str]) -> Self {
-        let mut args = Self::command(kernel, test, tools, &format!("{test} --ignored --nocapture"));
+        let mut args =
+            Self::command(kernel, test, tools, &format!("{test} --ignored --nocapture --test-threads=1"));
         for program in ["netmon-agent", "netmon-server"] {
             args.add.push(sh::workspace().join("target/debug").join(program).display().to_string());
         }
@@ -85,7 +97,7 @@ impl Args {
 }
 
 /// Debian packages that making and running a guest takes.
-const PACKAGES: [&str; 12] = [
+const PACKAGES: [&str; 16] = [
     "qemu-system-x86",
     "busybox-static",
     "kmod",
@@ -98,6 +110,10 @@ const PACKAGES: [&str; 12] = [
     "wireguard-tools",
     "dmsetup",
     "e2fsprogs",
+    "cryptsetup-bin",
+    "dosfstools",
+    "fdisk",
+    "lvm2",
 ];
 
 /// About 1 boot in 100 hangs under QEMU's emulation.

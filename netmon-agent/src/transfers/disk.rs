@@ -5,8 +5,9 @@ use netmon_common::model::{EndReason, Opened, Service, Traffic};
 use super::{Burst, Key, MAX_BURSTS, Output, Path, SILENCE_NS, Through, Transfers};
 use crate::usb::disks::{DiskActivity, Usage};
 
-/// Disks are sampled, so their last I/O is known only this much later; their end is decided with this delay.
-pub const DISK_SAMPLE_NS: u64 = 300_000_000;
+/// That a disk is silent is known by its samples alone, which may come late. When this much later than usual none has
+/// come, none will: nobody watches USB any more.
+pub const DISK_LATE_NS: u64 = 10_000_000_000;
 
 /// Silence that ends a disk's transfer while the page cache may hold something for it. The kernel writes back in rounds
 /// of five seconds (`vm.dirty_writeback_centisecs`, 500 unless somebody changed it; kernel:
@@ -50,10 +51,11 @@ impl Transfers {
     pub fn disk(&mut self, activity: DiskActivity) {
         let DiskActivity { disk, first_boot_ns, last_boot_ns, traffic, in_flight, usage } = activity;
         let path = Path::from(Key::Disk(disk));
-        if self.bursts.get(&path).is_some_and(|burst| first_boot_ns >= burst.silent_ns()) {
+        let moved = traffic != Traffic::default();
+        let quiet_until_ns = if moved || in_flight { first_boot_ns } else { last_boot_ns };
+        if self.bursts.get(&path).is_some_and(|burst| quiet_until_ns >= burst.silent_ns()) {
             self.end_burst(&path, EndReason::Silence);
         }
-        let moved = traffic != Traffic::default();
         if (moved || in_flight) && !self.bursts.contains_key(&path) {
             if self.bursts.len() >= MAX_BURSTS {
                 self.outputs.push_back(Output::Overflow(traffic));
@@ -187,8 +189,8 @@ mod tests {
             self.sample(at, 0, 0, false);
         }
 
-        fn timeout(&mut self, at: u64) {
-            self.transfers.handle_timeout(T0 + at * MS);
+        fn quiet(&mut self, at: u64) {
+            self.sample(at, 0, 0, false);
         }
 
         fn gone(&mut self) {
@@ -215,12 +217,12 @@ mod tests {
     }
 
     #[test]
-    fn two_seconds_and_a_sample_end_a_transfer_when_nothing_can_be_in_the_page_cache() {
+    fn two_seconds_end_a_transfer_when_nothing_can_be_in_the_page_cache() {
         let mut told = Told { usage: Usage::Unwritable, ..Told::default() };
         told.read(250, MIB);
-        told.timeout(250 + 2_299);
+        told.quiet(250 + 1_999);
         assert_eq!(told.said(), ["#1 Started 0..250 1048576 0"]);
-        told.timeout(250 + 2_300);
+        told.quiet(250 + 2_000);
         assert_eq!(told.said(), ["#1 Ended(Silence) 0..250 1048576 0"]);
     }
 
@@ -229,7 +231,7 @@ mod tests {
         for (pause, transfers) in [(2_500, 1), (5_250, 1), (5_999, 1), (6_000, 2)] {
             let mut told = Told { usage: Usage::Writable, ..Told::default() };
             told.write(250, MIB);
-            told.timeout(250 + pause);
+            told.quiet(250 + pause);
             told.write(250 + pause + 250, MIB);
             told.gone();
             let ended = told.said().iter().filter(|said| said.contains("Ended")).count();
@@ -241,12 +243,12 @@ mod tests {
     fn what_unmounting_writes_belongs_to_the_transfer_which_ends_two_seconds_after_it() {
         let mut told = Told { usage: Usage::Writable, ..Told::default() };
         told.write(250, MIB);
-        told.timeout(5_000);
+        told.quiet(5_000);
         told.write(5_250, 3 * MIB);
         told.used(5_750, Usage::Unwritable);
-        told.timeout(5_250 + 2_299);
+        told.quiet(5_250 + 1_999);
         assert_eq!(told.said(), ["#1 Started 0..250 0 1048576"]);
-        told.timeout(5_250 + 2_300);
+        told.quiet(5_250 + 2_000);
         assert_eq!(told.said(), ["#1 Ended(Silence) 0..5250 0 4194304"]);
     }
 
@@ -256,10 +258,10 @@ mod tests {
         told.write(250, MIB);
         for at in (500..=10_000).step_by(250) {
             told.sample(at, 0, 0, true);
-            told.timeout(at);
+            told.quiet(at);
         }
         assert_eq!(told.said(), ["#1 Started 0..250 0 1048576"]);
-        told.timeout(10_000 + 2_300);
+        told.quiet(10_000 + 2_000);
         assert_eq!(told.said(), ["#1 Ended(Silence) 0..250 0 1048576"]);
     }
 
@@ -275,7 +277,7 @@ mod tests {
     fn probing_and_mounting_are_no_transfer_and_what_follows_is_without_them() {
         let mut told = Told::default();
         told.read(250, 1_500_000);
-        told.timeout(2_550);
+        told.quiet(2_250);
         assert_eq!(told.said(), ["probed 1500000 0"]);
         told.sample(8_000, 1_100_000, 512, false);
         told.used(8_000, Usage::Writable);
@@ -298,7 +300,7 @@ mod tests {
         let mut told = Told::default();
         for portion in 0..10 {
             told.read(portion * 10_000 + 250, MIB);
-            told.timeout(portion * 10_000 + 5_000);
+            told.quiet(portion * 10_000 + 5_000);
         }
         let said = told.said();
         assert_eq!(said.iter().filter(|said| said.starts_with("probed")).count(), 4);
@@ -306,7 +308,7 @@ mod tests {
         // Plugged in again, it is new.
         told.gone();
         told.read(200_000, MIB);
-        told.timeout(205_000);
+        told.quiet(205_000);
         assert_eq!(told.said(), ["probed 1048576 0"]);
     }
 
@@ -314,7 +316,7 @@ mod tests {
     fn whatever_is_written_without_a_mount_is_a_transfer() {
         let mut told = Told::default();
         told.sample(250, 4096, 512, false);
-        told.timeout(2_550);
+        told.quiet(2_250);
         let transfer = ["#1 Started 0..250 4096 512", "#1 Ended(Silence) 0..250 4096 512"];
         assert_eq!(told.said(), transfer);
         told.write(10_000, MAX_MOUNT_WRITES + 512);
@@ -344,10 +346,21 @@ mod tests {
     }
 
     #[test]
+    fn only_samples_tell_that_a_disk_is_silent_until_none_come_any_more() {
+        let mut told = Told { usage: Usage::Unwritable, ..Told::default() };
+        told.write(250, MIB);
+        told.transfers.handle_timeout(T0 + 250 * MS + SILENCE_NS + DISK_LATE_NS - 1);
+        told.sample(2_000, 0, MIB, false);
+        assert_eq!(told.said(), ["#1 Started 0..250 0 1048576"]);
+        told.transfers.handle_timeout(T0 + 2_000 * MS + SILENCE_NS + DISK_LATE_NS);
+        assert_eq!(told.said(), ["#1 Ended(Silence) 0..2000 0 2097152"]);
+    }
+
+    #[test]
     fn a_change_of_use_alone_is_no_activity() {
         let mut told = Told::default();
         told.used(250, Usage::Writable);
-        told.timeout(10_000);
+        told.quiet(10_000);
         assert!(told.said().is_empty() && told.transfers.bursts.is_empty());
     }
 }

@@ -12,7 +12,11 @@ use netmon_common::model::{Disk, Traffic};
 /// microseconds.
 pub const SAMPLE_PERIOD: Duration = Duration::from_millis(250);
 
-/// A USB disk did something.
+/// For so long after its last activity, it is said at every sample that a disk is quiet: longer than any silence that
+/// ends a transfer. Who takes that in late is not misled, as he would be by the time.
+pub const QUIET_TOLD_NS: u64 = 10_000_000_000;
+
+/// A USB disk did something, or nothing since it did something.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskActivity {
     /// Which disk.
@@ -22,7 +26,7 @@ pub struct DiskActivity {
     /// The sample that showed it, boot clock: the activity came before it.
     pub last_boot_ns: u64,
     /// What the disk completed in between: `rx` read from it, `tx` written to it; packets are I/O requests. All zero
-    /// when requests wait for the disk and none was completed, or when only `usage` changed.
+    /// when it completed nothing.
     pub traffic: Traffic,
     /// True when requests wait for the disk.
     pub in_flight: bool,
@@ -97,13 +101,14 @@ pub struct Meter {
     disk: Disk,
     counted: Stat,
     sampled_boot_ns: u64,
+    active_boot_ns: u64,
 }
 
 impl Meter {
     /// Counts from `counted` on: the disk's counters now, or zeros for a disk that was plugged in just now, whose first
     /// sectors count too.
     pub fn new(disk: Disk, counted: Stat, boot_ns: u64) -> Self {
-        Self { disk, counted, sampled_boot_ns: boot_ns }
+        Self { disk, counted, sampled_boot_ns: boot_ns, active_boot_ns: boot_ns }
     }
 
     /// Which disk it is.
@@ -116,13 +121,16 @@ impl Meter {
         self.counted
     }
 
-    /// What the disk did since the last sample, if anything.
+    /// What the disk did since the last sample, if anything, or that it has been quiet since it did something.
     pub fn sample(&mut self, stat: Stat, boot_ns: u64) -> Option<DiskActivity> {
         let traffic = stat.since(&self.counted);
         let first_boot_ns = self.sampled_boot_ns;
         self.counted = stat;
         self.sampled_boot_ns = boot_ns;
-        (traffic != Traffic::default() || stat.in_flight > 0).then(|| DiskActivity {
+        if traffic != Traffic::default() || stat.in_flight > 0 {
+            self.active_boot_ns = boot_ns;
+        }
+        (boot_ns < self.active_boot_ns.saturating_add(QUIET_TOLD_NS)).then(|| DiskActivity {
             disk: self.disk.clone(),
             first_boot_ns,
             last_boot_ns: boot_ns,
@@ -162,7 +170,8 @@ mod tests {
     #[test]
     fn activity_is_what_was_completed_between_two_samples() {
         let mut meter = Meter::new(disk(), stat(10, 100, 5, 50, 0), 1_000);
-        assert_eq!(meter.sample(stat(10, 100, 5, 50, 0), 2_000), None);
+        let quiet = meter.sample(stat(10, 100, 5, 50, 0), 2_000).unwrap();
+        assert_eq!((quiet.traffic, quiet.in_flight), (Traffic::default(), false));
         let activity = meter.sample(stat(12, 108, 6, 2_050, 0), 3_000).unwrap();
         assert_eq!((activity.first_boot_ns, activity.last_boot_ns), (2_000, 3_000));
         let expected = Traffic {
@@ -174,7 +183,15 @@ mod tests {
             rx_packets: 2,
         };
         assert_eq!(activity.traffic, expected);
-        assert_eq!(meter.sample(stat(12, 108, 6, 2_050, 0), 4_000), None);
+    }
+
+    #[test]
+    fn that_a_disk_is_quiet_is_said_for_a_while() {
+        let mut meter = Meter::new(disk(), Stat::default(), 0);
+        meter.sample(stat(1, 8, 0, 0, 0), 1_000);
+        let quiet = meter.sample(stat(1, 8, 0, 0, 0), QUIET_TOLD_NS + 999).unwrap();
+        assert_eq!((quiet.traffic, quiet.last_boot_ns), (Traffic::default(), QUIET_TOLD_NS + 999));
+        assert_eq!(meter.sample(stat(1, 8, 0, 0, 0), QUIET_TOLD_NS + 1_000), None);
     }
 
     #[test]
@@ -188,6 +205,6 @@ mod tests {
     #[test]
     fn counters_that_went_back_are_no_traffic() {
         let mut meter = Meter::new(disk(), stat(9, 9, 9, 9, 0), 0);
-        assert_eq!(meter.sample(stat(1, 1, 1, 1, 0), 1), None);
+        assert_eq!(meter.sample(stat(1, 1, 1, 1, 0), 1).unwrap().traffic, Traffic::default());
     }
 }

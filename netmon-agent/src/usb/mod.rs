@@ -67,7 +67,7 @@ pub enum UsbOutput {
         /// What.
         event: Event,
     },
-    /// A USB disk did something.
+    /// A USB disk did something, or is quiet after that.
     Disk(DiskActivity),
     /// A USB disk is gone; nothing more will come of it.
     DiskGone {

@@ -236,9 +236,18 @@ fn prune(unpacked: &Path, release: &str, to: &Path) -> anyhow::Result<()> {
         .map(|(file, needed)| (module_name(file), (file, needed.split_whitespace().collect())))
         .collect();
     let mut files = BTreeSet::new();
-    // Asked for by name at run time, not by symbol: checksums of file systems, ciphers of MACsec and WireGuard.
-    let by_name =
-        ["crc32c_generic", "libcrc32c", "gcm", "ghash_generic", "ctr", "aesni_intel", "aes_generic"];
+    // Asked for by name at run time, not by symbol: checksums of file systems, ciphers of MACsec, WireGuard and dm-crypt.
+    let by_name = [
+        "crc32c_generic",
+        "libcrc32c",
+        "gcm",
+        "ghash_generic",
+        "ctr",
+        "aesni_intel",
+        "aes_generic",
+        "xts",
+        "ecb",
+    ];
     for (file, needed) in MODULES.iter().chain(&by_name).filter_map(|module| needs.get(*module)) {
         files.insert(*file);
         files.extend(needed);
