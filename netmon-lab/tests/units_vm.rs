@@ -85,8 +85,10 @@ fn process(name: &str) -> (String, Vec<BTreeMap<String, String>>) {
         let command = fs::read(path.join("cmdline")).unwrap_or_default();
         !command.split(|byte| *byte == 0).any(|word| word == b"usb-marks")
     };
-    let path =
-        directories.filter(|path| path.join("task").exists()).find(|path| is_it(path) && is_main(path)).unwrap();
+    let path = directories
+        .filter(|path| path.join("task").exists())
+        .find(|path| is_it(path) && is_main(path))
+        .unwrap();
     let describe = |entry: std::io::Result<fs::DirEntry>| {
         let text = fs::read_to_string(entry.unwrap().path().join("status")).ok()?;
         let lines = text.lines().filter_map(|line| line.split_once(":\t"));
