@@ -49,7 +49,7 @@ pub struct Entry {
     /// It stands in a file that was damaged, and no start has read that since.
     is_hit: bool,
     /// It stood in such a file once.
-    was_hit: bool,
+    pub was_hit: bool,
 }
 
 impl Entry {

@@ -155,6 +155,8 @@ pub fn verify(
                 verdict.told += 1;
             }
             Excuse::Damaged if history.tells_damage => verdict.told += 1,
+            // It would have come again after the store was set back, and was damaged meanwhile.
+            Excuse::StoreSetBack if entry.was_hit && history.tells_damage => verdict.told += 1,
             // The record was on that disk alone, and what came before the state to which it was set back, too.
             Excuse::SpoolSetBack => verdict.unseen += 1,
             // The server had never heard of it.
