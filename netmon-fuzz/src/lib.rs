@@ -13,6 +13,7 @@
 //! * [`kernel`]: ring records and flow tables, netlink's datagrams
 //! * [`packet`]: the kernel programs' parser, built for the host
 //! * [`usb`], [`mounts`]: udev's messages, disks' counters, the list of mounts
+//! * [`usb_files`]: the kernel's file events, and what is made of them
 //! * [`files`]: `ip.txt`, `agent.toml`
 
 pub mod files;
@@ -29,6 +30,7 @@ pub mod seeds;
 pub mod server;
 pub mod spool;
 pub mod usb;
+pub mod usb_files;
 pub mod wire;
 
 /// One place where something comes in.
@@ -43,7 +45,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     Target { name: "batch", run: wire::batch, seeds: seeds::batch },
     Target { name: "config", run: files::config, seeds: seeds::config },
     Target { name: "csr", run: server::csr, seeds: seeds::csr },
@@ -60,6 +62,7 @@ pub const TARGETS: [Target; 16] = [
     Target { name: "spool", run: spool::spool, seeds: seeds::spool },
     Target { name: "token", run: wire::token, seeds: seeds::token },
     Target { name: "usb", run: usb::usb, seeds: seeds::usb },
+    Target { name: "usb-files", run: usb_files::usb_files, seeds: seeds::usb_files },
 ];
 
 /// The target of this name.

@@ -655,6 +655,34 @@ pub fn prefixes() -> Vec<Vec<u8>> {
     texts.map(|text| text.as_bytes().to_vec()).into()
 }
 
+/// For [`crate::usb_files::usb_files`]: a file that is written, one that is read, a full queue, another version.
+pub fn usb_files() -> Vec<Vec<u8>> {
+    let event = |version: u8, mask: u64, descriptor: i32| {
+        let mut bytes = 24_u32.to_le_bytes().to_vec();
+        bytes.extend([version, 0, 24, 0]);
+        bytes.extend(mask.to_le_bytes());
+        bytes.extend(descriptor.to_le_bytes());
+        bytes.extend(4_711_u32.to_le_bytes());
+        bytes
+    };
+    let turn = |events: &[Vec<u8>], path: &[u8]| {
+        let status = b"Name:\tcp\nUmask:\t0022\nPid:\t4711\nUid:\t1005\t1005\t1005\t1005\n";
+        let mut bytes = Vec::new();
+        for block in [&events.concat(), path, status] {
+            bytes.extend((block.len() as u16).to_le_bytes());
+            bytes.extend(block);
+        }
+        // A tenth of a second later each time, the same file, changed just now.
+        bytes.extend(events.iter().flat_map(|_| [0xe8, 3, 7, 0, 0x10, 0, 0, 0, 0, 0, 0, 0]));
+        bytes
+    };
+    let written = turn(&[event(3, 0x22, 9), event(3, 0x02, 10), event(3, 0x08, 11)], b"/media/USB/exam.pdf");
+    let read = turn(&[event(3, 0x20, 9), event(3, 0x11, 10)], b"/media/USB/a\n\x1b[2J (deleted)");
+    let lost = turn(&[event(3, 0x4000, -1), event(3, 0x01, -1)], b"");
+    let other = turn(&[event(4, 0x20, 9)], b"/x");
+    vec![[&written[..], &read, &written].concat(), read, lost, other]
+}
+
 /// For [`crate::files::config`].
 pub fn config() -> Vec<Vec<u8>> {
     let example = include_str!("../../deploy/agent.toml");

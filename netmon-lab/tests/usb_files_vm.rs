@@ -103,6 +103,16 @@ impl Agent {
     }
 }
 
+/// Whatever became of the test, the next one finds no stick.
+impl Drop for Stick {
+    fn drop(&mut self) {
+        let _ = unmount("/media/STICK", UnmountFlags::DETACH);
+        if Path::new("/sys/block/sda").exists() {
+            self.unplug();
+        }
+    }
+}
+
 impl Drop for Agent {
     fn drop(&mut self) {
         let _ = rustix::process::kill_process(
@@ -171,19 +181,26 @@ fn home() -> &'static str {
 
 fn copies_are_told(agent: &Agent, stick: &Stick) {
     agent.line(&["USB file system mounted", stick.id]);
-    as_student(
-        "dd if=/dev/urandom of=exam.bin bs=100000 count=50 2> /dev/null; cp exam.bin /media/STICK/",
-        home(),
-    );
-    let line = agent.line(&["USB file written", "exam.bin"]);
-    let expected = r#"USB file written: "/media/STICK/exam.bin" 5.0 MB (5000000 B) by ""#;
-    assert!(line.contains(expected), "{line}");
-    assert!(line.contains(&format!("uid {STUDENT}")) && line.contains(stick.id), "{line}");
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
-    as_student("cp /media/STICK/exam.bin back.bin; cmp exam.bin back.bin", home());
-    let line = agent.line(&["USB file read", "exam.bin"]);
-    assert!(line.contains("(5000000 B)") && line.contains(&format!("uid {STUDENT}")), "{line}");
-    println!("{line}");
+    as_student("dd if=/dev/urandom of=exam.bin bs=100000 count=50 2> /dev/null", home());
+    // Under emulation a copy may have ended before anybody could look who it was. Then that is said, and another one is made.
+    let is_known = |line: &String| line.contains(&format!(" of \"student5\" (uid {STUDENT})"));
+    let known = |number: u32, script: &str, name: &str, what: &str| {
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        as_student(&script.replace('#', &number.to_string()), home());
+        let line = agent.line(&[what, &name.replace('#', &number.to_string())]);
+        let told = line.contains("5.0 MB (5000000 B) by ") && line.contains(stick.id);
+        assert!(told && (is_known(&line) || line.contains("unknown")), "{line}");
+        println!("{line}");
+        is_known(&line)
+    };
+    let written =
+        |number| known(number, "cp exam.bin /media/STICK/exam#", "/media/STICK/exam#\"", "USB file written");
+    assert!((1..=5).any(written), "nobody knows who wrote");
+    let read = |number| {
+        let script = "cp exam.bin /media/STICK/back#; cp /media/STICK/back# back.bin; cmp exam.bin back.bin";
+        known(number, script, "/media/STICK/back#\"", "USB file read")
+    };
+    assert!((1..=5).any(read), "nobody knows who read");
 
     // FAT has no name with a line feed; an escape sequence that turns text around it has.
     as_student("printf x > \"$(printf '\\342\\200\\256fdp.exe')\"", "/media/STICK");
