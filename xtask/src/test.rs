@@ -83,7 +83,9 @@ pub fn run(parts: &[Part]) -> Result<()> {
         for kernel in UNIT_KERNELS {
             vm::run(&vm::Args::units(kernel))?;
         }
-        vm::run(&vm::Args::programs(USB_KERNEL, "clock_vm", &["ip"]))?;
+        for test in ["clock_vm", "usb_agent_vm"] {
+            vm::run(&vm::Args::programs(USB_KERNEL, test, &["ip"]))?;
+        }
     }
     if parts.contains(&Part::Full) {
         full()?;
