@@ -52,7 +52,12 @@ impl Agent {
     fn start() -> Self {
         assert!(Path::new("/vm/command").exists(), "this is for the guest of `cargo xtask vm`");
         fs::create_dir_all("/etc/netmon").unwrap();
-        fs::write("/etc/netmon/agent.toml", "[report]\ncoverage_s = 1\n").unwrap();
+        // As on a PC that has another interface: the kernel's modules for filters are there already.
+        if !Path::new("/sys/class/net/other").exists() {
+            ip("link add other type dummy");
+        }
+        let settings = "[capture]\ninterfaces = [\"auto\", \"other\"]\n[report]\ncoverage_s = 1\n";
+        fs::write("/etc/netmon/agent.toml", settings).unwrap();
         for file in ["/var/log/netmon/log.txt", "/var/log/netmon/usb.log"] {
             // Of the test before.
             let _ = fs::remove_file(file);
@@ -60,7 +65,7 @@ impl Agent {
         let said = File::options().create(true).append(true).open("/run/agent.txt").unwrap();
         let child = Command::new("netmon-agent").arg("run").stderr(said).spawn().unwrap();
         let agent = Self { child, log: Follower::start(Path::new("/var/log/netmon/log.txt")) };
-        agent.find("the watch of USB", |line| line.text.contains(", USB; ").then_some(()));
+        agent.find("the watch of USB", |line| line.text.contains("other, USB; ").then_some(()));
         agent
     }
 
@@ -102,6 +107,14 @@ impl Agent {
     fn stop(mut self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
         assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Fails when it has ended already; a test that failed must not leave it to the next one.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -81,8 +81,7 @@ pub fn run(parts: &[Part]) -> Result<()> {
         for kernel in UNIT_KERNELS {
             vm::run(&vm::Args::units(kernel))?;
         }
-        vm::run(&vm::Args::programs(ONE_KERNEL, "clock_vm", &["ip"]))?;
-        for test in ["usb_agent_vm", "usb_room_vm"] {
+        for test in ["clock_vm", "usb_agent_vm", "usb_room_vm"] {
             vm::run(&vm::Args::programs(ONE_KERNEL, test, &["ip"]))?;
         }
         vm::run(&vm::Args::programs(ONE_KERNEL, "disk_vm", &["ip", "dmsetup", "mkfs.ext4"]))?;
