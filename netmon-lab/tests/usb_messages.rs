@@ -230,7 +230,8 @@ fn lost_messages_are_reported_and_the_devices_listed_anew() {
         make_sysfs();
         pretend_udevd().unwrap();
         // Nobody takes the outputs while messages come, and there is little room for them.
-        let mut watched = Watched::start(Options { receive_buffer: 64 << 10, queue: 1 });
+        let mut watched =
+            Watched::start(Options { receive_buffer: 64 << 10, queue: 1, ..Options::default() });
         assert_eq!(watched.next(), UsbOutput::Watching(true));
         let before = Now::read();
         for port in 0..2_000 {

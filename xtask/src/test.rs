@@ -85,6 +85,9 @@ pub fn run(parts: &[Part]) -> Result<()> {
             vm::run(&vm::Args::units(kernel))?;
         }
         vm::run(&vm::Args::programs(USB_KERNEL, "clock_vm", &["ip"]))?;
+        for kernel in [USB_KERNEL, OLDEST_KERNEL.0] {
+            vm::run(&vm::Args::programs(kernel, "usb_files_vm", &["unshare"]).one_by_one())?;
+        }
     }
     if parts.contains(&Part::Full) {
         full()?;

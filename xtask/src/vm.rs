@@ -77,6 +77,12 @@ impl Args {
         args
     }
 
+    /// The command's tests one after the other.
+    pub fn one_by_one(mut self) -> Self {
+        self.command.push("--test-threads=1".to_owned());
+        self
+    }
+
     /// A command that runs a test of netmon-lab, which finds these tools of the host in the guest.
     pub fn command(kernel: &str, test: &str, tools: &[&str], command: &str) -> Self {
         let add = tools.iter().filter_map(|tool| Some(sh::find(tool)?.display().to_string())).collect();

@@ -189,7 +189,7 @@ impl Files {
             self.begin(file, pid, (happened.opened, bytes, allocated), now);
         }
         let by_others = self.of_file(file).any(|(other, touch)| other != pid && touch.written);
-        let Some(touch) = self.touches.get_mut(&(file, pid)) else { return None };
+        let touch = self.touches.get_mut(&(file, pid))?;
         touch.read |= happened.read;
         touch.written |= happened.written;
         touch.place = place.or(touch.place.take());
