@@ -355,6 +355,7 @@ mod tests {
                 counterpart: "10.77.0.12".into(),
                 services: vec!["tcp/9000".into(), "quic/443".into()],
                 id: "#3.7".into(),
+                over_usb: false,
             };
             assert_eq!(transfer(written, host.clone()).kind, Kind::Transfer(expected));
         }
