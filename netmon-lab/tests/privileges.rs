@@ -149,6 +149,17 @@ fn an_agent_that_root_starts_keeps_three_capabilities_in_all_threads_and_does_ev
     assert!(status.contains(&format!("\nrights    {NAMES}\n")), "{status}");
     assert!(doctor.contains(&format!("ok   privileges     {NAMES}\n")), "{doctor}");
     assert!(doctor.contains(&format!("with {NAMES}")), "{doctor}");
+    let priorities = |entry: std::io::Result<fs::DirEntry>| {
+        let stat = fs::read_to_string(entry.unwrap().path().join("stat")).ok()?;
+        // proc_pid_stat(5): the 19th field, the 17th behind the name.
+        let (_, nice) = stat.split_once("(usb-files) ")?;
+        nice.split(' ').nth(16)?.parse::<i32>().ok()
+    };
+    let tasks = fs::read_dir(format!("/proc/{}/task", agent.pid().unwrap())).unwrap();
+    // Where root has no CAP_SYS_RESOURCE (containers), the limit is what it was.
+    let may = rustix::thread::capabilities(None).unwrap().effective;
+    let expected = if may.contains(rustix::thread::CapabilitySet::SYS_RESOURCE) { -15 } else { 0 };
+    assert_eq!(tasks.filter_map(priorities).collect::<Vec<_>>(), [expected]);
     agent.stop().unwrap();
 }
 

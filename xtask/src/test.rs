@@ -85,6 +85,9 @@ pub fn run(parts: &[Part]) -> Result<()> {
             vm::run(&vm::Args::programs(ONE_KERNEL, test, &["ip"]))?;
         }
         vm::run(&vm::Args::programs(ONE_KERNEL, "disk_vm", &["ip", "dmsetup", "mkfs.ext4"]))?;
+        for kernel in [ONE_KERNEL, OLDEST_KERNEL] {
+            vm::run(&vm::Args::programs(kernel, "usb_files_vm", &["unshare"]))?;
+        }
     }
     if parts.contains(&Part::Full) {
         full()?;

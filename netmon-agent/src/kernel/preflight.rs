@@ -77,6 +77,15 @@ pub fn prepare() {
         tracing::debug!(error = &error as &dyn std::error::Error, "cannot mount the BPF file system");
     }
     allow_locked_memory();
+    allow_priority();
+}
+
+/// To a thread that asks for it, as `LimitNICE=-15` does: the limit is 20 less that (getrlimit(2)).
+fn allow_priority() {
+    let limit = Rlimit { current: Some(35), maximum: Some(35) };
+    if let Err(error) = setrlimit(Resource::Nice, limit) {
+        tracing::debug!(%error, "cannot allow threads more priority");
+    }
 }
 
 /// Makes the directory for the pins, for root's eyes only, and removes the pins of an agent that died.

@@ -26,6 +26,8 @@ pub const RATE: u64 = 200;
 pub const BURST: u64 = 1_000;
 /// Most open files that are remembered, over all disks. The oldest one gives way, and is counted if it was moved.
 pub const MAX_OPEN: usize = 4_096;
+/// Most events that wait for whoever takes them. Further files are counted.
+pub const MAX_READY: usize = 4_096;
 /// FAT knows the time of a change to two seconds.
 const COARSE_NS: i64 = 2 * SECOND_NS as i64;
 
@@ -175,6 +177,14 @@ impl Files {
         due.into_iter().for_each(|key| self.tell(key));
     }
 
+    /// True when it would be nothing new that this process does this to this file, which it has open.
+    pub fn knows(&self, file: FileId, pid: u32, happened: Happened) -> bool {
+        let touch = self.touches.get(&(file, pid));
+        !happened.closed()
+            && !happened.opened
+            && touch.is_some_and(|touch| touch.read >= happened.read && touch.written >= happened.written)
+    }
+
     /// True when nothing is known of where the file is that this process uses.
     pub fn wants_place(&self, file: FileId, pid: u32) -> bool {
         self.touches.get(&(file, pid)).is_none_or(|touch| touch.place.is_none())
@@ -260,6 +270,11 @@ impl Files {
         self.ready.pop_front()
     }
 
+    /// Whether [`Files::poll`] has something.
+    pub fn has_events(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
     /// The processes that use a file.
     fn of_file(&self, file: FileId) -> impl Iterator<Item = (u32, &Touch)> {
         self.touches.range((file, 0)..=(file, u32::MAX)).map(|((_, pid), touch)| (*pid, touch))
@@ -305,7 +320,7 @@ impl Files {
             waiting.bytes = bytes.or(waiting.bytes);
             waiting.place = place.unwrap_or_else(|| std::mem::take(&mut waiting.place));
             waiting.who = who.or(waiting.who.take());
-        } else if self.allowance.take(now.boot_ns) {
+        } else if self.waiting.len() + self.ready.len() < MAX_READY && self.allowance.take(now.boot_ns) {
             self.due.push_back((now.boot_ns + WINDOW_NS, key));
             self.waiting.insert(key, Waiting { bytes, place: place.unwrap_or_default(), who });
         } else {

@@ -3,16 +3,17 @@
 //! A thread of its own: a file system in user space may hold up whoever opens its files, and the devices are to be followed
 //! nevertheless.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc as commands;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use netmon_common::model::{Disk, Event, FilesUnseen, UsbFilesUnseen};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 use super::UsbOutput;
 use super::fanotify::{Group, MountPoint, Seen, WatchError, mark};
@@ -47,6 +48,13 @@ impl FileNames {
 
 /// Files closed after writing that may wait for [`Recording::closed`].
 const CLOSED: usize = 4_096;
+/// Whoever waits for something short comes first, and the thread has little to do.
+const NICE: i32 = -15;
+/// A program that writes in small pieces is looked at only so often, while it goes on: what it does meanwhile the kernel puts
+/// together. Not longer, for a closing must not wait.
+const PAUSE: Duration = Duration::from_micros(300);
+/// Between two attempts to hand over what nobody took.
+const RETRY_NS: u64 = 50_000_000;
 /// Between two looks at whether what is mounted no longer is gone for good.
 const LEAVING_NS: u64 = 1_000_000_000;
 
@@ -99,6 +107,7 @@ impl Recording {
                 wake: woken,
                 watched: BTreeMap::new(),
                 files: Files::default(),
+                ready: VecDeque::new(),
                 processes: Processes::default(),
                 users: Users::start(),
             };
@@ -165,19 +174,32 @@ struct Thread {
     wake: Arc<OwnedFd>,
     watched: BTreeMap<DeviceNumber, Watched>,
     files: Files,
+    /// Events for `outputs`: while nobody takes them, what happens is taken all the same, for what is not taken keeps file systems
+    /// from being unmounted. [`Files`] bounds it.
+    ready: VecDeque<(u64, Event)>,
     processes: Processes,
     users: Users,
 }
 
 impl Thread {
     fn run(mut self) {
+        // Of this thread. Without the right to do that it is slower where CPUs are busy: programs that end at once are unknown more
+        // often, and whoever unmounts right after a copy finds the file system busy more often.
+        if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+            tracing::debug!(%error, "files on USB disks are recorded with the priority of everything else");
+        }
         while let Ok(true) = self.turn() {}
     }
 
     /// False when it is time to end.
     fn turn(&mut self) -> Result<bool, Dropped> {
-        for volume in self.wait() {
-            self.take(volume)?;
+        let ready = self.wait();
+        let mut news = ready.is_empty();
+        for volume in ready {
+            news |= self.take(volume)?;
+        }
+        if !news {
+            thread::sleep(PAUSE);
         }
         let goes_on = self.obey()?;
         let now = Now::read();
@@ -185,6 +207,7 @@ impl Thread {
             self.files.handle_timeout(&now);
         } else {
             self.files.end(&now);
+            self.tell_all(&now)?;
         }
         self.tell(&now)?;
         Ok(goes_on)
@@ -195,7 +218,9 @@ impl Thread {
         let now = Now::read();
         let due = self.files.due_ns().map(|due_ns| due_ns.saturating_sub(now.boot_ns));
         let leaving = self.watched.values().any(|watched| watched.leaving).then_some(LEAVING_NS);
-        let left = [due, leaving].into_iter().flatten().min();
+        let full = self.outputs.capacity() == 0 && (!self.ready.is_empty() || self.files.has_events());
+        let retry = full.then_some(RETRY_NS);
+        let left = [due, leaving, retry].into_iter().flatten().min();
         let timeout = left.map(|left| Timespec {
             tv_sec: (left / 1_000_000_000) as i64,
             tv_nsec: (left % 1_000_000_000) as i64,
@@ -214,10 +239,10 @@ impl Thread {
         looked_at.map(|((_, volume, _), _)| volume).collect()
     }
 
-    /// Takes what the kernel has to say of a file system.
-    fn take(&mut self, volume: DeviceNumber) -> Result<(), Dropped> {
-        let Some(watched) = self.watched.get_mut(&volume) else { return Ok(()) };
-        let Some(group) = &watched.group else { return Ok(()) };
+    /// Takes what the kernel has to say of a file system. True when anything of it was news.
+    fn take(&mut self, volume: DeviceNumber) -> Result<bool, Dropped> {
+        let Some(watched) = self.watched.get_mut(&volume) else { return Ok(false) };
+        let Some(group) = &watched.group else { return Ok(false) };
         // Asked before the events are taken: a file system that is gone has no more of them.
         let gone = watched.leaving && !group.is_marked();
         let files = &self.files;
@@ -229,7 +254,8 @@ impl Thread {
             Err(error) => {
                 watched.group = None;
                 self.files.unwatch(volume, &now);
-                return self.not_watched(&error, &now);
+                self.not_watched(&error, &now)?;
+                return Ok(true);
             }
         };
         if turn.overflow {
@@ -239,7 +265,12 @@ impl Thread {
             watched.complete_until_wall_ns = now.wall_ns;
         }
         self.files.unopened(turn.unopened, &now);
+        let mut news = false;
         for Seen { device, inode, pid, happened, bytes, allocated, changed_wall_ns, place } in turn.seen {
+            if self.files.knows(file(device, inode), pid, happened) {
+                continue;
+            }
+            news = true;
             let who = self.processes.who(pid, happened, now.boot_ns, processes::read);
             if let Some(who) = &who {
                 self.users.ask(who.uid, now.boot_ns);
@@ -254,7 +285,7 @@ impl Thread {
         if gone && turn.emptied {
             self.forget(volume)?;
         }
-        Ok(())
+        Ok(news)
     }
 
     /// False when nobody gives commands any more.
@@ -346,25 +377,44 @@ impl Thread {
         self.unseen(FilesUnseen::NotWatched, now)
     }
 
-    fn unseen(&self, reason: FilesUnseen, now: &Now) -> Result<(), Dropped> {
+    fn unseen(&mut self, reason: FilesUnseen, now: &Now) -> Result<(), Dropped> {
         let wall_ns = now.wall_ns;
         let unseen = UsbFilesUnseen { reason, from_wall_ns: wall_ns, to_wall_ns: wall_ns, count: Some(1) };
-        self.send(Event::UsbFilesUnseen(unseen), now)
+        self.ready.push_back((now.boot_ns, Event::UsbFilesUnseen(unseen)));
+        self.tell(now)
     }
 
+    /// Hands over what there is, as far as there is room.
     fn tell(&mut self, now: &Now) -> Result<(), Dropped> {
-        while let Some(mut event) = self.files.poll() {
-            if let Event::UsbFile(file) = &mut event
-                && let Some(uid) = file.uid
-            {
-                file.user = self.users.name(uid);
-            }
-            self.send(event, now)?;
+        loop {
+            let permit = match self.outputs.try_reserve() {
+                Ok(permit) => permit,
+                Err(TrySendError::Full(())) => return Ok(()),
+                Err(TrySendError::Closed(())) => return Err(Dropped),
+            };
+            let next = self.ready.pop_front().or_else(|| Some((now.boot_ns, self.files.poll()?)));
+            let Some((boot_ns, event)) = next else { return Ok(()) };
+            permit.send(UsbOutput::Event { boot_ns, event: named(event, &self.users) });
+        }
+    }
+
+    /// Hands over everything, and waits for room.
+    fn tell_all(&mut self, now: &Now) -> Result<(), Dropped> {
+        while let Some((boot_ns, event)) =
+            self.ready.pop_front().or_else(|| Some((now.boot_ns, self.files.poll()?)))
+        {
+            let event = named(event, &self.users);
+            self.outputs.blocking_send(UsbOutput::Event { boot_ns, event }).map_err(|_| Dropped)?;
         }
         Ok(())
     }
+}
 
-    fn send(&self, event: Event, now: &Now) -> Result<(), Dropped> {
-        self.outputs.blocking_send(UsbOutput::Event { boot_ns: now.boot_ns, event }).map_err(|_| Dropped)
+fn named(mut event: Event, users: &Users) -> Event {
+    if let Event::UsbFile(file) = &mut event
+        && let Some(uid) = file.uid
+    {
+        file.user = users.name(uid);
     }
+    event
 }
