@@ -314,3 +314,17 @@ fn what_waits_longest_is_told_by_its_wall_clock() {
     append(&mut spool, 101).unwrap();
     assert_eq!(spool.stats().oldest_wall_ns, Some(101));
 }
+
+#[test]
+fn far_over_the_limit_without_a_file_nothing_is_there_to_give_way() {
+    let memory = Memory::default();
+    memory.set_read_only(true);
+    let limits = Limits { bytes: 100, segment_bytes: 100, ..SMALL };
+    let (mut spool, _) = open(&memory, limits);
+    for n in 1..=10 {
+        append(&mut spool, n).unwrap();
+    }
+    memory.set_read_only(false);
+    spool.sync().unwrap();
+    assert!(events(&mut spool).ends_with(&[event(10)]));
+}
