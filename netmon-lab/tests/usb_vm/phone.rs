@@ -6,8 +6,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use netmon_common::model::UsbDevice;
+use netmon_lab::wait;
 
 /// Documentation/usb/gadget_configfs.rst
 const CONFIGFS: &str = "/sys/kernel/config";
@@ -68,7 +70,11 @@ impl Phone {
                 fs::write(lun.join("file"), card).unwrap();
             }
             None if lun.join("forced_eject").exists() => fs::write(lun.join("forced_eject"), "1").unwrap(),
-            None => fs::write(lun.join("file"), "\n").unwrap(),
+            // Older kernels refuse while somebody looks into the card: udev, at first.
+            None => wait::until(Duration::from_secs(60), "the card to come out", || {
+                fs::write(lun.join("file"), "\n").ok()
+            })
+            .unwrap(),
         }
     }
 
