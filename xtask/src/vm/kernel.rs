@@ -186,7 +186,11 @@ impl Apt {
     /// The directory with what the package holds, and those of its release that it is split into from 7.0 on.
     fn unpack(&self, package: &str, release: &str, work: &Path) -> anyhow::Result<PathBuf> {
         let described = output_of(self.tool("apt-cache").args(["show", package]))?;
-        let parts = parts(&described, release);
+        // One of 6.18 names a part that the suite does not have.
+        let is_there = |part: &String| {
+            output_of(self.tool("apt-cache").args(["show", part])).is_ok_and(|shown| !shown.trim().is_empty())
+        };
+        let parts = parts(&described, release).into_iter().filter(is_there);
         run_tool(self.tool("apt-get").args(["download", "-qq", package]).args(parts).current_dir(work))?;
         let unpacked = work.join("unpacked");
         for entry in fs::read_dir(work)? {
