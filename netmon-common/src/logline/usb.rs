@@ -12,12 +12,20 @@ use crate::raw::Raw;
 /// What a program that uses the device can move and netmon cannot count.
 const NOT_MEASURED: &str = "; a way for data, bytes not measurable";
 
+/// Likewise of an optical drive.
+const BURNING: &str = "; discs may be burnt, bytes not measurable";
+
 pub(super) fn function_sentence(f: &UsbFunction) -> String {
     let device = Named(&f.device.vendor, &f.device.model, &f.device.serial);
     match &f.function {
-        Function::Disk { name, bytes: 0 } => format!("USB disk: {device} disk {}, no medium", name.escaped()),
         Function::Disk { name, bytes } => {
-            format!("USB disk: {device} disk {}, {} ({bytes} B)", name.escaped(), Size(*bytes))
+            let size = match bytes {
+                0 => "no medium".to_owned(),
+                bytes => format!("{} ({bytes} B)", Size(*bytes)),
+            };
+            // Discs are burnt by SCSI commands of a program's own (SG_IO), which the kernel counts for no disk.
+            let burning = if name.as_bytes().starts_with(b"sr") { BURNING } else { "" };
+            format!("USB disk: {device} disk {}, {size}{burning}", name.escaped())
         }
         Function::Network { interface, kind } => {
             let kind = match kind {
@@ -212,6 +220,10 @@ mod tests {
             r#"USB disk: "SanDisk Ultra" serial "4C53" disk sdb, 32.0 GB (32010928128 B)"#
         );
         assert_eq!(disk(0), r#"USB disk: "SanDisk Ultra" serial "4C53" disk sdb, no medium"#);
+        assert_eq!(
+            shown(Function::Disk { name: "sr0".into(), bytes: 0 }),
+            r#"USB disk: "SanDisk Ultra" serial "4C53" disk sr0, no medium; discs may be burnt, bytes not measurable"#
+        );
         assert_eq!(
             shown(Function::Network { interface: "usb0".into(), kind: UsbNetwork::Phone }),
             r#"PHONE TETHERING on this PC: "SanDisk Ultra" serial "4C53" interface "usb0""#
