@@ -3,7 +3,7 @@
 //! A thread of its own: a file system in user space may hold up whoever opens its files, and the devices are to be followed
 //! nevertheless.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use std::thread::{self, JoinHandle};
 use netmon_common::model::{Disk, Event, FilesUnseen, UsbFilesUnseen};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 use super::UsbOutput;
 use super::fanotify::{Group, MountPoint, Seen, WatchError, mark};
@@ -47,6 +48,11 @@ impl FileNames {
 
 /// Files closed after writing that may wait for [`Recording::closed`].
 const CLOSED: usize = 4_096;
+/// Events that may wait for room among the outputs; names beyond are counted. What is not taken from the kernel keeps a file
+/// system from being unmounted, so that goes on whoever is held up.
+const PENDING: usize = 4_096;
+/// Between two looks at whether there is room again.
+const FULL_NS: u64 = 20_000_000;
 /// Between two looks at whether what is mounted no longer is gone for good.
 const LEAVING_NS: u64 = 1_000_000_000;
 
@@ -101,6 +107,7 @@ impl Recording {
                 files: Files::default(),
                 processes: Processes::default(),
                 users: Users::start(),
+                pending: VecDeque::new(),
             };
             thread.run();
         })?;
@@ -167,6 +174,8 @@ struct Thread {
     files: Files,
     processes: Processes,
     users: Users,
+    /// To be told, in this order.
+    pending: VecDeque<UsbOutput>,
 }
 
 impl Thread {
@@ -187,6 +196,12 @@ impl Thread {
             self.files.end(&now);
         }
         self.tell(&now)?;
+        if !goes_on {
+            // Nothing is watched any more: now there is time to wait for room.
+            for output in self.pending.drain(..) {
+                self.outputs.blocking_send(output).map_err(|_| Dropped)?;
+            }
+        }
         Ok(goes_on)
     }
 
@@ -195,7 +210,8 @@ impl Thread {
         let now = Now::read();
         let due = self.files.due_ns().map(|due_ns| due_ns.saturating_sub(now.boot_ns));
         let leaving = self.watched.values().any(|watched| watched.leaving).then_some(LEAVING_NS);
-        let left = [due, leaving].into_iter().flatten().min();
+        let full = (!self.pending.is_empty()).then_some(FULL_NS);
+        let left = [due, leaving, full].into_iter().flatten().min();
         let timeout = left.map(|left| Timespec {
             tv_sec: (left / 1_000_000_000) as i64,
             tv_nsec: (left % 1_000_000_000) as i64,
@@ -232,9 +248,7 @@ impl Thread {
                 return self.not_watched(&error, &now);
             }
         };
-        if turn.overflow {
-            self.files.lost(watched.complete_until_wall_ns, &now);
-        }
+        let complete_until_wall_ns = watched.complete_until_wall_ns;
         if turn.emptied {
             watched.complete_until_wall_ns = now.wall_ns;
         }
@@ -250,6 +264,10 @@ impl Thread {
                 // Where nobody takes them, or not fast enough, less is known.
                 let _ = self.closing.try_send((volume, inode, grown));
             }
+        }
+        // Behind what was still in the queue.
+        if turn.overflow {
+            self.files.lost(volume, complete_until_wall_ns, &now);
         }
         if gone && turn.emptied {
             self.forget(volume)?;
@@ -346,7 +364,7 @@ impl Thread {
         self.unseen(FilesUnseen::NotWatched, now)
     }
 
-    fn unseen(&self, reason: FilesUnseen, now: &Now) -> Result<(), Dropped> {
+    fn unseen(&mut self, reason: FilesUnseen, now: &Now) -> Result<(), Dropped> {
         let wall_ns = now.wall_ns;
         let unseen = UsbFilesUnseen { reason, from_wall_ns: wall_ns, to_wall_ns: wall_ns, count: Some(1) };
         self.send(Event::UsbFilesUnseen(unseen), now)
@@ -359,12 +377,31 @@ impl Thread {
             {
                 file.user = self.users.name(uid);
             }
-            self.send(event, now)?;
+            match event {
+                Event::UsbFile(_) if self.pending.len() >= PENDING => self.files.unopened(1, now),
+                event => self.send(event, now)?,
+            }
         }
-        Ok(())
+        self.pass_on()
     }
 
-    fn send(&self, event: Event, now: &Now) -> Result<(), Dropped> {
-        self.outputs.blocking_send(UsbOutput::Event { boot_ns: now.boot_ns, event }).map_err(|_| Dropped)
+    fn send(&mut self, event: Event, now: &Now) -> Result<(), Dropped> {
+        self.pending.push_back(UsbOutput::Event { boot_ns: now.boot_ns, event });
+        self.pass_on()
+    }
+
+    /// Hands over what there is room for.
+    fn pass_on(&mut self) -> Result<(), Dropped> {
+        while let Some(output) = self.pending.pop_front() {
+            match self.outputs.try_send(output) {
+                Ok(()) => {}
+                Err(TrySendError::Full(output)) => {
+                    self.pending.push_front(output);
+                    break;
+                }
+                Err(TrySendError::Closed(_)) => return Err(Dropped),
+            }
+        }
+        Ok(())
     }
 }

@@ -79,8 +79,12 @@ pub(super) fn file_sentence(f: &UsbFile) -> String {
     let what = match f.access {
         FileAccess::Read => "read",
         FileAccess::Written => "written",
+        FileAccess::Opened => "opened, perhaps read",
     };
-    let mut line = format!("USB file {what}: \"{}/{}\"", f.directory.escaped(), f.name.escaped());
+    let mut line = match f.name.is_empty() {
+        true => format!("USB file {what}: (name not known)"),
+        false => format!("USB file {what}: \"{}/{}\"", f.directory.escaped(), f.name.escaped()),
+    };
     if let Some(bytes) = f.bytes {
         line += &format!(" {} ({bytes} B)", Size(bytes));
     }
@@ -286,5 +290,13 @@ mod tests {
             ..file
         };
         assert!(file_sentence(&unknown).contains(r#".pdf" by an unknown program of an unknown user, "#));
+        let nameless = UsbFile {
+            directory: Raw::default(),
+            name: Raw::default(),
+            access: FileAccess::Opened,
+            ..unknown
+        };
+        let line = file_sentence(&nameless);
+        assert!(line.starts_with("USB file opened, perhaps read: (name not known) by an unknown"), "{line}");
     }
 }
