@@ -501,7 +501,7 @@ fn a_file_system_can_be_unmounted_right_after_a_copy() {
         // By the call itself: umount(8) would take its time.
         if unmount(mounted.path(), UnmountFlags::empty()).is_err() {
             busy += 1;
-            wait::until(PATIENCE, "the file system to be free", || {
+            wait::until(Duration::from_secs(2), "the file system to be free", || {
                 unmount(mounted.path(), UnmountFlags::empty()).is_ok().then_some(())
             })
             .unwrap();
@@ -511,8 +511,7 @@ fn a_file_system_can_be_unmounted_right_after_a_copy() {
         recorded.update(vec![mounted.to_record()]);
     }
     println!("busy {busy} times of {ROUNDS}");
-    // How often depends on what else the machine does.
-    assert!(busy <= ROUNDS / 2, "busy {busy} times of {ROUNDS}");
+    // How often depends on what else the machine does: 2 to 41 times were seen. That it is free soon does not.
     let named = names(&recorded.end());
     println!("{} names", named.len());
 }
