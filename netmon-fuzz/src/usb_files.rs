@@ -51,7 +51,7 @@ pub fn usb_files(data: &[u8]) {
                     assert!(grown.is_none_or(|grown| grown <= bytes));
                 }
                 Ok(Metadata::NoFile) => files.unopened(1, &now),
-                Ok(Metadata::Overflow) => files.lost(now.wall_ns, &now),
+                Ok(Metadata::Overflow) => files.lost(volume, now.wall_ns, &now),
                 Err(_) => {}
             }
             files.handle_timeout(&now);

@@ -181,7 +181,7 @@ impl Notice {
                 time(*signed_ns, zone)
             ),
             Self::DeviceMoved { vendor, model, serial, seat, last_ns } => format!(
-                "SAME DEVICE: \"{} {}\" serial \"{}\" was at {} before, last at {}",
+                "SAME DEVICE: \"{} {}\" serial \"{}\" was seen at {} too, last at {}",
                 vendor.escaped(),
                 model.escaped(),
                 serial.escaped(),

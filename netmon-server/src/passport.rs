@@ -76,12 +76,16 @@ impl Known {
     }
 }
 
+/// True when a record arrived as soon as it was made. Both times by the server's clock.
+pub fn is_fresh(recorded_ns: i64, received_ns: i64) -> bool {
+    received_ns.saturating_sub(recorded_ns) <= FRESH_NS
+}
+
 /// What there is to say when a device comes to a PC. `elsewhere`: its newest stay, where that was at another PC.
 pub fn judge(device: &Known, elsewhere: Option<Stay>, recorded_ns: i64, received_ns: i64) -> Option<Notice> {
     let Stay { seat, last_ns, is_there } = elsewhere?;
     let Known { vendor, model, serial, .. } = device.clone();
-    let is_fresh = received_ns.saturating_sub(recorded_ns) <= FRESH_NS;
-    Some(if is_there && is_fresh {
+    Some(if is_there && is_fresh(recorded_ns, received_ns) {
         Notice::SerialShared { vendor, model, serial, seat }
     } else {
         Notice::DeviceMoved { vendor, model, serial, seat, last_ns }

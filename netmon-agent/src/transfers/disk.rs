@@ -2,7 +2,7 @@
 
 use netmon_common::model::{EndReason, Opened, Service, Traffic};
 
-use super::{Burst, Key, MAX_BURSTS, Output, Path, SILENCE_NS, Through, Transfers};
+use super::{Burst, Key, Output, Path, SILENCE_NS, Through, Transfers};
 use crate::usb::disks::{DiskActivity, Usage};
 
 /// That a disk is silent is known by its samples alone, which may come late. When this much later than usual none has
@@ -56,11 +56,8 @@ impl Transfers {
         if self.bursts.get(&path).is_some_and(|burst| quiet_until_ns >= burst.silent_ns()) {
             self.end_burst(&path, EndReason::Silence);
         }
+        // However many hosts somebody talks to: there are few disks (`Sampler::MAX`).
         if (moved || in_flight) && !self.bursts.contains_key(&path) {
-            if self.bursts.len() >= MAX_BURSTS {
-                self.outputs.push_back(Output::Overflow(traffic));
-                return;
-            }
             self.bursts.insert(
                 path.clone(),
                 Burst {
@@ -134,9 +131,12 @@ impl Transfers {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{IpAddr, Ipv6Addr};
+
     use netmon_common::model::Disk;
     use netmon_common::raw::Raw;
 
+    use super::super::{Activity, MAX_BURSTS};
     use super::*;
 
     const MS: u64 = 1_000_000;
@@ -354,6 +354,25 @@ mod tests {
         assert_eq!(told.said(), ["#1 Started 0..250 0 1048576"]);
         told.transfers.handle_timeout(T0 + 2_000 * MS + SILENCE_NS + DISK_LATE_NS);
         assert_eq!(told.said(), ["#1 Ended(Silence) 0..2000 0 2097152"]);
+    }
+
+    #[test]
+    fn whoever_talks_to_very_many_hosts_hides_no_disk_by_it() {
+        let mut told = Told { usage: Usage::Unwritable, ..Told::default() };
+        for host in 0..=MAX_BURSTS as u128 {
+            told.transfers.activity(Activity {
+                key: Key::Lan(IpAddr::V6(Ipv6Addr::from(host))),
+                service: Service::Udp(9),
+                opened: Opened::Here,
+                interface: "eth0".into(),
+                first_ns: T0,
+                last_ns: T0,
+                traffic: Traffic { tx_bytes: 41, tx_payload: 1, tx_packets: 1, ..Traffic::default() },
+            });
+        }
+        assert!(told.said().iter().any(|said| said.starts_with("Overflow")));
+        told.write(250, MIB);
+        assert_eq!(told.said(), [format!("#{} Started 0..250 0 1048576", MAX_BURSTS + 1)]);
     }
 
     #[test]

@@ -120,7 +120,7 @@ pub struct Turn {
     pub seen: Vec<Seen>,
     /// The kernel's queue was full in between.
     pub overflow: bool,
-    /// Events whose file could not be opened, for want of descriptors as a rule.
+    /// Events whose file could not be opened, for want of descriptors as a rule, or looked at.
     pub unopened: u64,
     /// Nothing was left in the queue.
     pub emptied: bool,
@@ -184,8 +184,13 @@ impl Group {
                         // SAFETY: the kernel has opened this descriptor for whoever reads the event, once for each event,
                         // and each event is taken once; nobody else owns it.
                         let file = unsafe { OwnedFd::from_raw_fd(descriptor) };
-                        if pid != own {
-                            turn.seen.extend(look(file, pid, happened, &wants_place));
+                        if pid == own {
+                            continue;
+                        }
+                        match look(file, pid, happened, &wants_place) {
+                            Ok(seen) => turn.seen.extend(seen),
+                            // A file system in user space that does not answer.
+                            Err(_) => turn.unopened += 1,
                         }
                     }
                 }
@@ -207,10 +212,10 @@ fn look(
     pid: u32,
     happened: Happened,
     wants_place: impl Fn(u64, u64, u32) -> bool,
-) -> Option<Seen> {
-    let stat = rustix::fs::fstat(&file).ok()?;
+) -> rustix::io::Result<Option<Seen>> {
+    let stat = rustix::fs::fstat(&file)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return None;
+        return Ok(None);
     }
     let changed = (stat.st_mtime, stat.st_mtime_nsec).max((stat.st_ctime, stat.st_ctime_nsec));
     let changed_wall_ns =
@@ -223,7 +228,7 @@ fn look(
     const BLOCK: u64 = 512;
     let blocks = if stat.st_nlink == 0 { 0 } else { u64::try_from(stat.st_blocks).unwrap_or(0) };
     let allocated = blocks.saturating_mul(BLOCK);
-    Some(Seen { device, inode, pid, happened, bytes, allocated, changed_wall_ns, place })
+    Ok(Some(Seen { device, inode, pid, happened, bytes, allocated, changed_wall_ns, place }))
 }
 
 /// The path by which the file was opened, in the mount namespace of who opened it. `None`: longer than a page.

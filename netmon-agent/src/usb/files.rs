@@ -1,8 +1,9 @@
 //! Which files of USB disks were read and written, out of what the kernel says of them.
 //!
 //! Pure. A file counts when it is closed, and tells who moved something: whoever wrote (or cut) it has `Written` it, perhaps
-//! read it as well; whoever only read has `Read` it; an open without either is nothing. A program that could write and is
-//! not known to have written (`mmap` tells nobody) has written when the file's times say that it was changed since.
+//! read it as well; whoever only read has `Read` it; where nobody is known to have done either, who had it open has `Opened`
+//! it, and perhaps read it (`mmap` tells nobody, nor did `splice`, by which file managers copy, before Linux 6.4). A program
+//! that could write and is not known to have written has written when the file's times say that it was changed since.
 //!
 //! What a process does with a file within [`WINDOW_NS`] of the first closing is one event. No more than [`RATE`] events a
 //! second come out of here, after a burst of [`BURST`]; the files beyond are counted.
@@ -74,9 +75,14 @@ impl Place {
     }
 }
 
-/// The end of what is too long says more than its beginning: the file's extension, the last directories.
+/// The end of what is too long says more than its beginning: the file's extension, the last directories. It is to be seen that
+/// it was cut: else whoever chooses the lengths makes the end look like another whole path.
 fn end(bytes: &[u8]) -> Raw {
-    Raw::new(&bytes[bytes.len().saturating_sub(MAX_RAW)..])
+    const CUT: &[u8] = b"...";
+    match bytes.len() {
+        ..=MAX_RAW => Raw::new(bytes),
+        length => Raw::new([CUT, &bytes[length - (MAX_RAW - CUT.len())..]].concat()),
+    }
 }
 
 /// What is known of a file when something happened to it.
@@ -161,11 +167,7 @@ impl Files {
     /// Nothing more comes of this file system. What waits is told at once; so is what was moved of files that are still
     /// open: their size is not known.
     pub fn unwatch(&mut self, volume: DeviceNumber, now: &Now) {
-        let of_volume = |key: &(FileId, u32)| key.0.volume == volume;
-        let open: Vec<_> = self.touches.keys().copied().filter(of_volume).collect();
-        for key in open {
-            self.end_touch(key, None, now);
-        }
+        self.end_touches(volume, now);
         self.hasten(volume);
         self.disks.remove(&volume);
     }
@@ -223,14 +225,21 @@ impl Files {
             .filter(|(other, touch)| *other == pid || shared || !touch.opened)
             .map(|(pid, _)| (file, pid))
             .collect();
+        // A shell that opened a file for those who read it has moved nothing.
+        let nobody_moved =
+            ended.iter().all(|key| self.touches.get(key).is_none_or(|touch| touch.moved().is_none()));
+        let otherwise = nobody_moved.then_some(FileAccess::Opened);
         for key in ended {
-            self.end_touch(key, Some(bytes), now);
+            self.end_touch(key, Some(bytes), otherwise, now);
         }
         grown
     }
 
-    /// The kernel's queue was full: files are missing since `complete_until_wall_ns`, the last time at which none was.
-    pub fn lost(&mut self, complete_until_wall_ns: i64, now: &Now) {
+    /// The kernel's queue for this file system was full: files are missing since `complete_until_wall_ns`, the last time at
+    /// which none was. Who had files open may have closed them, and another process may have its number: what is known of
+    /// them is told, and nothing more is taken for theirs.
+    pub fn lost(&mut self, volume: DeviceNumber, complete_until_wall_ns: i64, now: &Now) {
+        self.end_touches(volume, now);
         self.report_losses_later(now);
         self.queue_full.get_or_insert(Loss { since_wall_ns: complete_until_wall_ns, count: None });
     }
@@ -305,10 +314,25 @@ impl Files {
         self.touches.insert((file, pid), touch);
     }
 
-    fn end_touch(&mut self, key: (FileId, u32), bytes: Option<u64>, now: &Now) {
+    fn end_touches(&mut self, volume: DeviceNumber, now: &Now) {
+        let of_volume = |key: &(FileId, u32)| key.0.volume == volume;
+        let open: Vec<_> = self.touches.keys().copied().filter(of_volume).collect();
+        for key in open {
+            self.end_touch(key, None, None, now);
+        }
+    }
+
+    /// `otherwise`: what was done with it, where it is not known that something was moved.
+    fn end_touch(
+        &mut self,
+        key: (FileId, u32),
+        bytes: Option<u64>,
+        otherwise: Option<FileAccess>,
+        now: &Now,
+    ) {
         let Some(touch) = self.touches.remove(&key) else { return };
         self.order.remove(&touch.serial);
-        if let Some(access) = touch.moved() {
+        if let Some(access) = touch.moved().or(otherwise) {
             self.hold((key.0, key.1, access), bytes, touch, now);
         }
     }
@@ -316,6 +340,15 @@ impl Files {
     /// Lets an event wait for more of the same, or adds to the one that waits.
     fn hold(&mut self, key: Key, bytes: Option<u64>, touch: Touch, now: &Now) {
         let Touch { place, who, .. } = touch;
+        let (file, pid, access) = key;
+        let moved = [(file, pid, FileAccess::Read), (file, pid, FileAccess::Written)];
+        if access == FileAccess::Opened && moved.iter().any(|key| self.waiting.contains_key(key)) {
+            return;
+        }
+        if access != FileAccess::Opened {
+            // More is known now.
+            self.waiting.remove(&(file, pid, FileAccess::Opened));
+        }
         if let Some(waiting) = self.waiting.get_mut(&key) {
             waiting.bytes = bytes.or(waiting.bytes);
             waiting.place = place.unwrap_or_else(|| std::mem::take(&mut waiting.place));

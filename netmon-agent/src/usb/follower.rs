@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use netmon_common::model::{Disk, Event, Gap, GapReason, Traffic, UsbVolume, VolumeChange};
+use netmon_common::model::{
+    Disk, Event, FilesUnseen, Gap, GapReason, Traffic, UsbFilesUnseen, UsbVolume, VolumeChange,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tokio::sync::mpsc;
@@ -51,6 +53,8 @@ pub(super) struct Follower {
     mount_list: Option<MountList>,
     /// What is mounted may have changed, or a disk came, since it was looked at.
     mounts_changed: bool,
+    /// Not all of what is mounted is known, and that was said.
+    mounts_refused: bool,
     monitor: Option<Monitor>,
     /// Messages were lost and the devices were not listed since.
     lost: bool,
@@ -82,6 +86,7 @@ impl Follower {
             recording,
             mount_list: None,
             mounts_changed: false,
+            mounts_refused: false,
             monitor: None,
             lost: false,
             started: false,
@@ -305,6 +310,10 @@ impl Follower {
 
     /// Measures a disk from now on, when it is a USB disk.
     fn hold(&mut self, message: &Message, from: CountFrom, now: Now) -> Result<(), Dropped> {
+        if self.sampler.holds(&message.devpath) {
+            // It may be another one at the same path, and the removal of the first was lost: the sample finds it gone.
+            self.sample_now(now)?;
+        }
         let Some(device) =
             self.devices.above(&message.devpath).filter(|_| !self.sampler.holds(&message.devpath))
         else {
@@ -393,12 +402,18 @@ impl Follower {
             Err(error) => {
                 tracing::error!(%error, "cannot read what is mounted, trying again: file systems on USB disks are not followed");
                 self.mount_list = None;
+                if !std::mem::replace(&mut self.mounts_refused, true) {
+                    self.files_unseen()?;
+                }
                 return Ok(());
             }
         };
-        if mounts.refused > 0 {
+        let refused = mounts.refused > 0;
+        if refused && !std::mem::replace(&mut self.mounts_refused, refused) {
             tracing::error!(mounts.refused, "what these mounts are is not known");
+            self.files_unseen()?;
         }
+        self.mounts_refused = refused;
         // After the list was read: what the disks did until it changed is what they did before.
         let now = Now::read();
         self.sample_now(now)?;
@@ -462,6 +477,14 @@ impl Follower {
             self.send(UsbOutput::Event { boot_ns: now.boot_ns, event: Event::UsbVolume(event) })?;
         }
         Ok(())
+    }
+
+    /// File systems may be mounted on USB disks of which nobody knows here.
+    fn files_unseen(&self) -> Result<(), Dropped> {
+        let now = Now::read();
+        let (reason, wall_ns) = (FilesUnseen::NotWatched, now.wall_ns);
+        let unseen = UsbFilesUnseen { reason, from_wall_ns: wall_ns, to_wall_ns: wall_ns, count: None };
+        self.send(UsbOutput::Event { boot_ns: now.boot_ns, event: Event::UsbFilesUnseen(unseen) })
     }
 
     /// Something may have been missed since the last time at which nothing was.

@@ -25,6 +25,10 @@ const QUIET_NS: u64 = 200_000_000;
 /// Most files of one volume whose sizes are remembered for [`VolumeChange::PulledOut`]; of more, less is known to be lost.
 const MAX_FILES: usize = 4096;
 
+/// File systems that compress what is written, or let files share it: a file may grow by more bytes than are written, and
+/// nothing follows from its size.
+const SHARING: [&[u8]; 4] = [b"btrfs", b"bcachefs", b"f2fs", b"xfs"];
+
 /// What the kernel counts.
 pub trait Counters {
     /// A USB disk by its kernel device path, and what it has completed by the latest sample; `None`: it is not measured.
@@ -215,7 +219,8 @@ impl Session {
             return self.event(VolumeChange::Unmounted { moved });
         }
         let closed = self.closed.values().fold(0_u64, |sum, bytes| sum.saturating_add(*bytes));
-        let unwritten = closed.saturating_sub(moved.tx_bytes);
+        let as_large = !SHARING.contains(&self.file_system.as_bytes());
+        let unwritten = if as_large { closed.saturating_sub(moved.tx_bytes) } else { 0 };
         self.event(VolumeChange::PulledOut { moved, unwritten })
     }
 }
@@ -377,6 +382,23 @@ mod tests {
         assert_eq!(mounted.volumes().iter().map(|volume| volume.number.minor).collect::<Vec<_>>(), [3]);
         assert!(mounted.gone(b"sdb", table.counted("sdb")).is_empty());
         assert_eq!((mounted.usage(b"sdb"), mounted.usage(b"sdc")), (Usage::Fresh, Usage::Writable));
+    }
+
+    #[test]
+    fn where_files_may_share_their_contents_nothing_follows_from_their_sizes() {
+        for (file_system, lost) in [("vfat", MIB), ("ext4", MIB), ("btrfs", 0), ("xfs", 0)] {
+            let table = Table::new(&["sdb"]);
+            let mut mounted = Mounted::default();
+            mount(
+                &mut mounted,
+                &table,
+                &[Volume { file_system: file_system.into(), ..volume(1, &["sdb"]) }],
+                0,
+            );
+            mounted.closed_after_writing(number(1), 7, MIB);
+            let told = shown(mounted.gone(b"sdb", table.counted("sdb")));
+            assert_eq!(told, [format!("part1 on sdb: pulled out 0 {lost}")], "{file_system}");
+        }
     }
 
     #[test]

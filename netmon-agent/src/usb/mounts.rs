@@ -54,7 +54,7 @@ pub struct Mount {
 pub struct Mounts {
     /// At most [`Mounts::MAX`].
     pub list: Vec<Mount>,
-    /// Lines that are not what kernels write, or too many.
+    /// Lines that are not what kernels write, or too many; one where the list was cut.
     pub refused: u64,
 }
 
@@ -69,6 +69,10 @@ impl Mounts {
     /// Reads the list's text.
     pub fn parse(text: &[u8]) -> Self {
         let mut mounts = Self::default();
+        // The kernel ends every line: of a list that is too long there may be more, and its last line is not whole.
+        let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        let (text, cut) = text.split_at(whole);
+        mounts.refused += u64::from(!cut.is_empty());
         for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
             let room = mounts.list.len() < Self::MAX && line.len() <= Self::MAX_LINE;
             match room.then(|| Mount::parse(line)).flatten() {
@@ -151,7 +155,7 @@ mod tests {
     use super::*;
 
     fn one(line: &str) -> Mount {
-        let mut mounts = Mounts::parse(line.as_bytes());
+        let mut mounts = Mounts::parse(format!("{line}\n").as_bytes());
         assert_eq!((mounts.list.len(), mounts.refused), (1, 0), "{line}");
         mounts.list.remove(0)
     }
@@ -202,7 +206,8 @@ mod tests {
             "1 1 8:1 / / rw - ext4 /dev/sda1",
             "1",
         ] {
-            assert_eq!(Mounts::parse(line.as_bytes()), Mounts { list: vec![], refused: 1 }, "{line}");
+            let text = format!("{line}\n");
+            assert_eq!(Mounts::parse(text.as_bytes()), Mounts { list: vec![], refused: 1 }, "{line}");
         }
         assert_eq!(Mounts::parse(b"\n\xff\n\n"), Mounts { list: vec![], refused: 1 });
     }
@@ -214,6 +219,9 @@ mod tests {
         assert_eq!((mounts.list.len(), mounts.refused), (Mounts::MAX, 3));
         let long = format!("1 1 8:1 / /{} rw - ext4 /dev/sda1 rw\n", "a".repeat(Mounts::MAX_LINE));
         assert_eq!(Mounts::parse(long.as_bytes()).refused, 1);
+        let cut =
+            Mounts::parse(b"1 1 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 8:17 / /media/A rw - vfat /dev/sdb1 rw");
+        assert_eq!((cut.list.len(), cut.refused), (1, 1));
     }
 
     #[test]

@@ -258,9 +258,7 @@ impl Thread {
                 return Ok(true);
             }
         };
-        if turn.overflow {
-            self.files.lost(watched.complete_until_wall_ns, &now);
-        }
+        let complete_until_wall_ns = watched.complete_until_wall_ns;
         if turn.emptied {
             watched.complete_until_wall_ns = now.wall_ns;
         }
@@ -281,6 +279,10 @@ impl Thread {
                 // Where nobody takes them, or not fast enough, less is known.
                 let _ = self.closing.try_send((volume, inode, grown));
             }
+        }
+        // Behind what was still in the queue.
+        if turn.overflow {
+            self.files.lost(volume, complete_until_wall_ns, &now);
         }
         if gone && turn.emptied {
             self.forget(volume)?;

@@ -12,12 +12,20 @@ use crate::raw::Raw;
 /// What a program that uses the device can move and netmon cannot count.
 const NOT_MEASURED: &str = "; a way for data, bytes not measurable";
 
+/// Likewise of an optical drive.
+const BURNING: &str = "; discs may be burnt, bytes not measurable";
+
 pub(super) fn function_sentence(f: &UsbFunction) -> String {
     let device = Named(&f.device.vendor, &f.device.model, &f.device.serial);
     match &f.function {
-        Function::Disk { name, bytes: 0 } => format!("USB disk: {device} disk {}, no medium", name.escaped()),
         Function::Disk { name, bytes } => {
-            format!("USB disk: {device} disk {}, {} ({bytes} B)", name.escaped(), Size(*bytes))
+            let size = match bytes {
+                0 => "no medium".to_owned(),
+                bytes => format!("{} ({bytes} B)", Size(*bytes)),
+            };
+            // Discs are burnt by SCSI commands of a program's own (SG_IO), which the kernel counts for no disk.
+            let burning = if name.as_bytes().starts_with(b"sr") { BURNING } else { "" };
+            format!("USB disk: {device} disk {}, {size}{burning}", name.escaped())
         }
         Function::Network { interface, kind } => {
             let kind = match kind {
@@ -71,8 +79,12 @@ pub(super) fn file_sentence(f: &UsbFile) -> String {
     let what = match f.access {
         FileAccess::Read => "read",
         FileAccess::Written => "written",
+        FileAccess::Opened => "opened, perhaps read",
     };
-    let mut line = format!("USB file {what}: \"{}/{}\"", f.directory.escaped(), f.name.escaped());
+    let mut line = match f.name.is_empty() {
+        true => format!("USB file {what}: (name not known)"),
+        false => format!("USB file {what}: \"{}/{}\"", f.directory.escaped(), f.name.escaped()),
+    };
     if let Some(bytes) = f.bytes {
         line += &format!(" {} ({bytes} B)", Size(bytes));
     }
@@ -213,6 +225,10 @@ mod tests {
         );
         assert_eq!(disk(0), r#"USB disk: "SanDisk Ultra" serial "4C53" disk sdb, no medium"#);
         assert_eq!(
+            shown(Function::Disk { name: "sr0".into(), bytes: 0 }),
+            r#"USB disk: "SanDisk Ultra" serial "4C53" disk sr0, no medium; discs may be burnt, bytes not measurable"#
+        );
+        assert_eq!(
             shown(Function::Network { interface: "usb0".into(), kind: UsbNetwork::Phone }),
             r#"PHONE TETHERING on this PC: "SanDisk Ultra" serial "4C53" interface "usb0""#
         );
@@ -274,5 +290,13 @@ mod tests {
             ..file
         };
         assert!(file_sentence(&unknown).contains(r#".pdf" by an unknown program of an unknown user, "#));
+        let nameless = UsbFile {
+            directory: Raw::default(),
+            name: Raw::default(),
+            access: FileAccess::Opened,
+            ..unknown
+        };
+        let line = file_sentence(&nameless);
+        assert!(line.starts_with("USB file opened, perhaps read: (name not known) by an unknown"), "{line}");
     }
 }

@@ -145,15 +145,16 @@ pub enum VolumeChange {
     },
 }
 
-/// A file on a USB disk was read or written.
+/// A file on a USB disk was read or written, or opened at least.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsbFile {
     /// The disk.
     pub disk: Disk,
-    /// The directory, as the program's mount namespace names it; its end, where it is longer than
+    /// The directory, as the program's mount namespace names it; its end behind three dots, where it is longer than
     /// [`MAX_RAW`](crate::raw::MAX_RAW) bytes.
     pub directory: Raw,
-    /// The file's name; its end, where it is longer than [`MAX_RAW`](crate::raw::MAX_RAW) bytes.
+    /// The file's name; its end behind three dots, where it is longer than [`MAX_RAW`](crate::raw::MAX_RAW) bytes. Empty:
+    /// neither is known.
     pub name: Raw,
     /// What was done with it.
     pub access: FileAccess,
@@ -176,6 +177,9 @@ pub enum FileAccess {
     Read,
     /// It was written, and perhaps read.
     Written,
+    /// It was opened, not written, and nobody saw a read: the kernel tells of none by `mmap`, before Linux 6.4 of none by
+    /// `splice`. Perhaps it was read.
+    Opened,
 }
 
 /// File names of USB disks that are not known: an explicit gap.

@@ -5,7 +5,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::AgentId;
 use crate::notice::Notice;
-use crate::passport::{Known, Sighting, Stay, judge};
+use crate::passport::{Known, Sighting, Stay, is_fresh, judge};
 
 /// A device at a seat, for a list.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub struct Stayed {
     pub is_there: bool,
 }
 
-/// Keeps a sighting; returns what there is to say of it.
+/// Keeps a sighting; returns what there is to say of it. `recorded_ns`: by the PC's clock.
 pub(super) fn saw(
     conn: &Connection,
     agent: AgentId,
@@ -34,6 +34,9 @@ pub(super) fn saw(
     recorded_ns: i64,
     received_ns: i64,
 ) -> rusqlite::Result<Option<Notice>> {
+    let recorded_ns = recorded_ns.saturating_sub(clock_offset(conn, agent)?);
+    // What was delivered late happened when it was recorded: where a device is now, who saw it last knows.
+    let seen_ns = if is_fresh(recorded_ns, received_ns) { received_ns } else { recorded_ns.min(received_ns) };
     match sighting {
         Sighting::Anew => {
             conn.prepare_cached("UPDATE usb_stays SET is_there = 0 WHERE agent = ?1 AND is_there")?
@@ -41,13 +44,17 @@ pub(super) fn saw(
             Ok(None)
         }
         Sighting::Left(known) => {
-            if let Some((device, _)) = find(conn, known)? {
+            let mut notice = None;
+            if let Some((device, is_shared)) = find(conn, known)? {
                 conn.prepare_cached(
-                    "UPDATE usb_stays SET is_there = 0, last_ns = ?3 WHERE device = ?1 AND agent = ?2",
+                    "UPDATE usb_stays SET is_there = 0, last_ns = max(last_ns, ?3) WHERE device = ?1 AND agent = ?2",
                 )?
-                .execute([device, agent.0, received_ns])?;
+                .execute([device, agent.0, seen_ns])?;
+                if is_shared && !is_fresh(recorded_ns, received_ns) {
+                    notice = carried(conn, device, known, agent, seen_ns)?;
+                }
             }
-            Ok(None)
+            Ok(notice)
         }
         Sighting::Came(known) => {
             let (device, is_shared) = match find(conn, known)? {
@@ -58,9 +65,10 @@ pub(super) fn saw(
             conn.prepare_cached(
                 "INSERT INTO usb_stays (device, agent, first_ns, last_ns, times, is_there)
                      VALUES (?1, ?2, ?3, ?3, 1, 1)
-                 ON CONFLICT (device, agent) DO UPDATE SET last_ns = ?3, times = times + 1, is_there = 1",
+                 ON CONFLICT (device, agent) DO UPDATE
+                     SET last_ns = max(last_ns, ?3), times = times + 1, is_there = 1",
             )?
-            .execute([device, agent.0, received_ns])?;
+            .execute([device, agent.0, seen_ns])?;
             let notice = judge(known, elsewhere, recorded_ns, received_ns);
             if let Some(Notice::SerialShared { .. }) = notice {
                 conn.prepare_cached("UPDATE usb_devices SET is_shared = 1 WHERE id = ?1")?
@@ -69,6 +77,38 @@ pub(super) fn saw(
             Ok(notice)
         }
     }
+}
+
+/// A device that seemed to be at two PCs at once had left this one before it came to the other, and nobody had heard of it yet:
+/// a PC whose cable is pulled counts as connected for some seconds. So it is one device after all.
+fn carried(
+    conn: &Connection,
+    device: i64,
+    known: &Known,
+    agent: AgentId,
+    left_ns: i64,
+) -> rusqlite::Result<Option<Notice>> {
+    let mut others = conn.prepare_cached(
+        "SELECT seat, first_ns, last_ns FROM usb_stays JOIN agents ON agents.id = agent
+         WHERE device = ?1 AND agent != ?2 ORDER BY last_ns DESC LIMIT 2",
+    )?;
+    let others: Vec<(String, i64, i64)> = others
+        .query_map([device, agent.0], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
+        .collect::<Result<_, _>>()?;
+    // Where more have it, it tells nothing anyway.
+    let [(seat, first_ns, last_ns)] = &others[..] else { return Ok(None) };
+    if *first_ns < left_ns {
+        return Ok(None);
+    }
+    conn.prepare_cached("UPDATE usb_devices SET is_shared = 0 WHERE id = ?1")?.execute([device])?;
+    let stay = Stay { seat: Raw::new(seat), last_ns: *last_ns, is_there: false };
+    Ok(judge(known, Some(stay), left_ns, left_ns))
+}
+
+/// The PC's clock minus the server's, as far as is known.
+fn clock_offset(conn: &Connection, agent: AgentId) -> rusqlite::Result<i64> {
+    let mut offset = conn.prepare_cached("SELECT coalesce(offset_ns, 0) FROM agents WHERE id = ?1")?;
+    Ok(offset.query_row([agent.0], |row| row.get(0)).optional()?.unwrap_or_default())
 }
 
 /// The device's number, and whether several have its serial number.
@@ -160,11 +200,16 @@ mod tests {
         /// A record comes in, one second after the one before; what the server noticed with it.
         fn record(&mut self, agent: AgentId, event: Event) -> Vec<Notice> {
             self.now_ns += SECOND;
+            self.record_at(agent, self.now_ns, event, self.now_ns)
+        }
+
+        /// A record that was made at one time, by the PC's clock, and comes in at another.
+        fn record_at(&mut self, agent: AgentId, wall_ns: i64, event: Event, now_ns: i64) -> Vec<Notice> {
             let seq = *self.seqs.entry(agent).and_modify(|seq| *seq += 1).or_insert(1);
-            let record = Record { seq, run: 1, boot_ns: 0, wall_ns: self.now_ns, event };
+            let record = Record { seq, run: 1, boot_ns: 0, wall_ns, event };
             let items = check(seq, vec![wire::Item::Record(record.to_bytes().unwrap())]).unwrap();
             let before = self.notices(agent).len();
-            append(self.room.conn(), agent, 7, seq, &items, self.now_ns).unwrap();
+            append(self.room.conn(), agent, 7, seq, &items, now_ns).unwrap();
             self.notices(agent).split_off(before)
         }
 
@@ -251,6 +296,47 @@ mod tests {
         assert_eq!(room.record(first, Event::AgentStarted(started)), []);
         let notices = room.record(second, Event::DeviceAdded(stick()));
         assert!(matches!(&notices[..], [Notice::DeviceMoved { .. }]), "{notices:?}");
+    }
+
+    #[test]
+    fn a_stick_that_was_carried_while_its_pc_was_not_heard_is_one_device_once_that_is_known() {
+        let (mut room, [first, second]) = room();
+        room.record(first, Event::DeviceAdded(stick()));
+        // The cable is pulled, then the stick, at 2 s; the server has not noticed yet.
+        room.now_ns = 3 * SECOND;
+        let notices = room.record(second, Event::DeviceAdded(stick()));
+        assert!(matches!(&notices[..], [Notice::SerialShared { .. }]), "{notices:?}");
+        let late = room.record_at(first, 2 * SECOND, Event::DeviceRemoved(stick()), 60 * SECOND);
+        assert!(
+            matches!(&late[..], [Notice::DeviceMoved { last_ns, .. }] if *last_ns == 4 * SECOND),
+            "{late:?}"
+        );
+        room.now_ns = 70 * SECOND;
+        room.record(second, Event::DeviceRemoved(stick()));
+        let back = room.record(first, Event::DeviceAdded(stick()));
+        assert!(matches!(&back[..], [Notice::DeviceMoved { .. }]), "{back:?}");
+    }
+
+    #[test]
+    fn what_a_pc_that_was_away_delivers_late_happened_when_it_was_recorded() {
+        let (mut room, [first, second]) = room();
+        // The first PC's clock is an hour ahead, and that is known. It saw the stick at 1 and 2 s and delivers that at 1,000 s.
+        room.room
+            .conn()
+            .execute("UPDATE agents SET offset_ns = ?2 WHERE id = ?1", [first.0, 3_600 * SECOND])
+            .unwrap();
+        room.now_ns = 899 * SECOND;
+        assert_eq!(room.record(second, Event::DeviceAdded(stick())), []);
+        let mut away = Vec::new();
+        for (recorded_s, event) in [(1, Event::DeviceAdded(stick())), (2, Event::DeviceRemoved(stick()))] {
+            away.extend(room.record_at(first, (3_600 + recorded_s) * SECOND, event, 1_000 * SECOND));
+        }
+        assert_eq!(away.len(), 1, "{away:?}");
+        room.now_ns = 1_100 * SECOND;
+        assert_eq!(room.record(second, Event::DeviceRemoved(stick())), []);
+        assert_eq!(room.record(second, Event::DeviceAdded(stick())), [], "it was here all the time");
+        let seen = stays(room.room.conn()).unwrap();
+        assert_eq!((&*seen[0].seat, seen[0].last_ns), ("pc-12", 2 * SECOND));
     }
 
     #[test]

@@ -103,9 +103,30 @@ fn a_file_that_was_written_is_told_with_all_that_is_known_a_second_after_it_was_
 }
 
 #[test]
-fn a_file_that_was_opened_and_not_read_is_not_told() {
+fn a_file_of_which_no_read_was_seen_was_opened_and_perhaps_read() {
     let merged = Happened { opened: true, closed_after_reading: true, ..NOTHING };
-    assert_eq!(lines([event(1, 7, OPENED), event(1, 7, CLOSED), event(2, 7, merged)]), []);
+    let opened = |name: &str, pid| (name.to_owned(), FileAccess::Opened, pid, Some(5_000));
+    assert_eq!(
+        lines([event(1, 7, OPENED), event(1, 7, CLOSED), event(2, 7, merged)]),
+        [opened("file1", 7), opened("file2", 7)]
+    );
+    // Who opened it for somebody else's reading did not read.
+    let read = ("file1".to_owned(), FileAccess::Read, 8, Some(5_000));
+    assert_eq!(lines([event(1, 7, OPENED), event(1, 8, READ), event(1, 8, CLOSED)]), [read]);
+    // What is still open when the watch ends is nothing yet.
+    let mut files = watched();
+    files.take(event(1, 7, OPENED), &at(0));
+    files.end(&at(1));
+    assert_eq!(told(&mut files), []);
+}
+
+#[test]
+fn who_opens_a_file_twice_and_reads_it_once_has_read_it() {
+    let merged = Happened { opened: true, closed_after_reading: true, ..NOTHING };
+    let read = Happened { read: true, ..merged };
+    let expected = [("file1".to_owned(), FileAccess::Read, 7, Some(5_000))];
+    assert_eq!(lines([event(1, 7, merged), event(1, 7, read)]), expected);
+    assert_eq!(lines([event(1, 7, read), event(1, 7, merged)]), expected);
 }
 
 #[test]
@@ -113,7 +134,8 @@ fn who_could_write_and_only_read_has_read() {
     let read = Happened { opened: true, ..READ };
     let expected = ("file1".into(), FileAccess::Read, 7, Some(5_000));
     assert_eq!(lines([event(1, 7, read), event(1, 7, CLOSED_WRITER)]), [expected]);
-    assert_eq!(lines([event(1, 7, OPENED), event(1, 7, CLOSED_WRITER)]), []);
+    let opened = ("file1".into(), FileAccess::Opened, 7, Some(5_000));
+    assert_eq!(lines([event(1, 7, OPENED), event(1, 7, CLOSED_WRITER)]), [opened]);
 }
 
 #[test]
@@ -130,7 +152,7 @@ fn a_change_that_only_the_files_times_show_is_a_write() {
 #[test]
 fn who_had_a_file_open_for_writing_before_anybody_looked_has_written() {
     assert_eq!(lines([event(1, 7, CLOSED_WRITER)])[0].1, FileAccess::Written);
-    assert_eq!(lines([event(1, 7, CLOSED)]), []);
+    assert_eq!(lines([event(1, 7, CLOSED)])[0].1, FileAccess::Opened);
 }
 
 #[test]
@@ -250,8 +272,8 @@ fn names_go_on_at_their_rate_and_losses_are_told_once_a_second() {
 #[test]
 fn a_full_queue_is_one_gap_of_unknown_count_since_the_queue_was_empty_last() {
     let mut files = watched();
-    files.lost(at(5).wall_ns, &at(10));
-    files.lost(at(400).wall_ns, &at(500));
+    files.lost(number(1), at(5).wall_ns, &at(10));
+    files.lost(number(1), at(400).wall_ns, &at(500));
     files.handle_timeout(&at(1_009));
     assert_eq!(told(&mut files), []);
     assert_eq!(files.due_ns(), Some(at(1_010).boot_ns));
@@ -316,8 +338,11 @@ fn a_path_is_a_directory_and_a_name_of_which_the_ends_are_kept() {
     assert_eq!(place(b"", false), bytes(b"", b""));
     let long = [&b"/x/"[..], &[b'd'; 300], b"/", &[b'n'; 251], b".pdf"].concat();
     let (directory, name) = place(&long, false);
-    assert_eq!((directory, name.len()), (vec![b'd'; 255], 255));
+    assert_eq!((directory, name.len()), ([&b"..."[..], &[b'd'; 252]].concat(), 255));
     assert!(name.ends_with(b"n.pdf"));
+    // Cut where another path begins: it does not look like a whole one.
+    let other = [&b"/media/USB/"[..], &[b'a'; 200], b"/home/teacher/", &[b'b'; 241], b"/x"].concat();
+    assert!(place(&other, false).0.starts_with(b"...me/teacher/b"));
 }
 
 #[test]
@@ -335,4 +360,22 @@ fn what_a_file_has_grown_by_is_known_when_it_is_closed() {
     assert_eq!(grown(written, (5_000, 8_192), (10, 4_096)), Some(0), "it was cut");
     assert_eq!(grown(WRITTEN, (0, 0), (5_000, 8_192)), None, "not seen from its beginning");
     assert_eq!(grown(OPENED, (0, 0), (5_000, 8_192)), None, "by somebody else");
+}
+
+#[test]
+fn what_a_process_did_whose_end_was_lost_is_not_told_of_the_next_one_with_its_number() {
+    let mut files = watched();
+    let copied = |file: FileEvent| FileEvent { who: Some(Who { program: "cp".into(), uid: 1001 }), ..file };
+    files.take(copied(event(1, 7, Happened { opened: true, ..WRITTEN })), &at(0));
+    files.take(copied(event(2, 7, OPENED)), &at(1));
+    files.lost(number(1), at(2).wall_ns, &at(3));
+    files.handle_timeout(&at(1_500));
+    let [Event::UsbFile(written), Event::UsbFilesUnseen(_)] = &told(&mut files)[..] else { panic!() };
+    assert_eq!((&written.name, written.bytes, written.uid), (&"file1".into(), None, Some(1001)));
+    // Gone before anybody could look.
+    files.take(FileEvent { who: None, ..event(1, 7, Happened { opened: true, ..READ }) }, &at(60_000));
+    files.take(FileEvent { who: None, ..event(1, 7, CLOSED) }, &at(60_001));
+    files.handle_timeout(&at(61_001));
+    let [Event::UsbFile(read)] = &told(&mut files)[..] else { panic!() };
+    assert_eq!((read.access, read.uid, read.program.is_empty()), (FileAccess::Read, None, true));
 }
