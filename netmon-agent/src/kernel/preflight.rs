@@ -80,7 +80,7 @@ pub fn prepare() {
     allow_priority();
 }
 
-/// To a thread that asks for it, as `LimitNICE=-15` does: the limit is 20 less that (getrlimit(2)).
+/// To a thread that asks for it: the limit is 20 less that (getrlimit(2)).
 fn allow_priority() {
     let limit = Rlimit { current: Some(35), maximum: Some(35) };
     if let Err(error) = setrlimit(Resource::Nice, limit) {
