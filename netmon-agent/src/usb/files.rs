@@ -22,7 +22,9 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// How long an event waits for more of the same: a program that opens a file a hundred times in a second is one line.
 pub const WINDOW_NS: u64 = SECOND_NS;
 /// Files a second. The server reads 250 records a second of a PC before it slows it down.
-pub const RATE: u64 = 200;
+/// Few, for lines that somebody makes on purpose push older ones out of the logs and the spool: at this rate 64 MiB last for four
+/// hours, at the room's usual one for weeks.
+pub const RATE: u64 = 20;
 /// Files at once: a directory of photographs.
 pub const BURST: u64 = 1_000;
 /// Most open files that are remembered, over all disks. The oldest one gives way, and is counted if it was moved.
