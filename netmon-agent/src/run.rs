@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use jiff::tz::TimeZone;
+use netmon_common::model::{Event, Gap, GapReason};
 use netmon_common::raw::Raw;
 use netmon_common::wire::Heartbeat;
 use tokio::io::Interest;
@@ -231,6 +232,8 @@ struct Usb {
     watch: Option<UsbWatch>,
     /// Boot time of the next attempt to start it.
     retry_ns: u64,
+    /// Since when there is none, wall clock.
+    blind_since_ns: Option<i64>,
 }
 
 impl Usb {
@@ -240,13 +243,15 @@ impl Usb {
     const END: Duration = Duration::from_secs(1);
 
     fn start(files: FileNames) -> Self {
-        let retry_ns = Now::read().boot_ns + Self::RETRY_NS;
+        let now = Now::read();
+        let retry_ns = now.boot_ns + Self::RETRY_NS;
         let watch = usb::watch(usb::Options { files: files.clone(), ..usb::Options::default() })
             .inspect_err(|error| {
                 tracing::error!(error = error as &dyn std::error::Error, "cannot watch USB, trying again");
             })
             .ok();
-        Self { files, watch, retry_ns }
+        let blind_since_ns = watch.is_none().then_some(now.wall_ns);
+        Self { files, watch, retry_ns, blind_since_ns }
     }
 
     /// Cancel safe.
@@ -257,12 +262,25 @@ impl Usb {
             }
             tracing::error!("the USB watch died, starting it again");
             self.watch = None;
+            self.blind_since_ns = Some(Now::read().wall_ns);
             return UsbOutput::Watching(false);
         }
         let pause = self.retry_ns.saturating_sub(Now::read().boot_ns);
         tokio::time::sleep(Duration::from_nanos(pause)).await;
+        let since_ns = self.blind_since_ns;
         *self = Self::start(self.files.clone());
-        UsbOutput::Watching(false)
+        match since_ns {
+            Some(from_wall_ns) if self.watch.is_some() => {
+                let now = Now::read();
+                let reason = GapReason::UsbNotWatched;
+                let gap = Gap { reason, from_wall_ns, to_wall_ns: now.wall_ns, count: None };
+                UsbOutput::Event { boot_ns: now.boot_ns, event: Event::Gap(gap) }
+            }
+            since_ns => {
+                self.blind_since_ns = since_ns;
+                UsbOutput::Watching(false)
+            }
+        }
     }
 
     /// What the watch has still to say.
@@ -376,4 +394,18 @@ pub fn hostname() -> Raw {
 fn boot_id() -> [u8; 16] {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     netmon_common::enroll::unhex(&text.trim().replace('-', "")).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_usb_watch_that_died_leaves_a_gap_up_to_the_next_one() {
+        let files = FileNames::default();
+        let mut usb = Usb { files, watch: None, retry_ns: 0, blind_since_ns: Some(5) };
+        let UsbOutput::Event { event: Event::Gap(gap), .. } = usb.next().await else { panic!("no gap") };
+        assert_eq!((gap.reason, gap.from_wall_ns), (GapReason::UsbNotWatched, 5));
+        assert!(usb.watch.is_some() && usb.blind_since_ns.is_none());
+    }
 }
