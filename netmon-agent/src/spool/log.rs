@@ -569,7 +569,7 @@ impl<F: Files> Spool<F> {
     /// A segment may go only when a later one is surely on disk: else a power cut could leave the start of an
     /// epoch as its seeming end, and numbers would be used again.
     pub(super) fn may_remove(&self, index: usize) -> bool {
-        self.segments.iter().skip(index + 1).any(|later| later.span > 0)
+        self.segments.iter().skip(index + 1).any(|later| later.span > 0 && !later.is_held)
     }
 
     pub(super) fn remove_done(&mut self) {

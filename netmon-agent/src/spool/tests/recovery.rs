@@ -377,3 +377,32 @@ fn a_directory_on_disk_that_is_removed_is_made_again() {
     let record = spool.record(epoch, 2).unwrap().unwrap();
     assert_eq!(Record::from_bytes(&record).unwrap().event, event(2));
 }
+
+#[test]
+fn a_segment_stays_while_the_disk_may_not_have_the_one_behind_it() {
+    let memory = Memory::default();
+    let (mut spool, _) = open(&memory, SMALL);
+    let epoch = spool.stats().epoch;
+    for n in 1..=10 {
+        append(&mut spool, n).unwrap();
+    }
+    spool.sync().unwrap();
+    drop(spool);
+    let synced = segments(&memory);
+    // Another run's records are written and not synced, for it is killed.
+    let (mut spool, _) = open(&memory, SMALL);
+    append(&mut spool, 11).unwrap();
+    drop(spool);
+    let unsynced = segments(&memory).into_iter().find(|name| !synced.contains(name)).unwrap();
+    memory.set_read_only(true);
+    let (mut spool, recovered) = open(&memory, SMALL);
+    assert!(recovered.is_incomplete);
+    memory.set_read_only(false);
+    // The server has all that the disk has. A power cut now leaves the one behind it out.
+    spool.acked(epoch, 10);
+    let newest = synced.last().unwrap();
+    assert!(segments(&memory).contains(newest), "{newest} before {unsynced}");
+    spool.sync().unwrap();
+    spool.acked(epoch, 10);
+    assert!(!segments(&memory).contains(newest), "the disk has what is behind it");
+}
