@@ -373,6 +373,7 @@ impl SimAgent {
         }
         let result = self.spool.begin_epoch(old);
         if self.machine.is_dead() {
+            ledger.may_have_moved = true;
             return Err(Hangup::Spool("died".into()));
         }
         // Where it was broken off, some have their new numbers and some have not.

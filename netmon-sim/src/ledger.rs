@@ -149,6 +149,8 @@ pub struct Ledger {
     pub was_disturbed: bool,
     /// Records got other numbers, because the server had others there, or had given them up.
     pub has_left: bool,
+    /// It died while records got other numbers: they may have them, or not.
+    pub may_have_moved: bool,
     /// Records of this run that the spool refused, and those that it reported.
     refused: u64,
     reported: u64,
@@ -401,11 +403,11 @@ impl Ledger {
             }
             if entry.place() != *place {
                 let was_there = self.is_set_back && entry.places.contains(place);
-                if !moves && !was_there {
+                if !moves && !was_there && !self.may_have_moved {
                     return Err(format!("record {id} of {:?} stands at {place:?}", entry.place()));
                 }
                 entry.places.push(*place);
-                if moves {
+                if moves || self.may_have_moved {
                     // Numbers of what gave way or was damaged moved, too, and nobody knows where.
                     self.unclear.insert(place.0);
                 }

@@ -50,7 +50,7 @@ fn every_promise_is_kept_whatever_goes_wrong() {
 /// Each found a fault once. What a seed brings about changes with the simulation, so they may be rooms like any other now.
 #[test]
 fn seeds_that_found_a_fault_find_none_any_more() {
-    for seed in [2_003_281, 3_007_741, 5_054_308, 5_060_423, 6_080_465] {
+    for seed in [2_003_281, 3_007_741, 5_054_308, 5_060_423, 6_080_465, 7_068_573, 7_113_284] {
         assert_eq!(world::run(seed, false, None).failure, None, "seed {seed}");
     }
 }
