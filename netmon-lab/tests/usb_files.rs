@@ -128,6 +128,21 @@ impl Recorded {
         Self { recording: Some(Recording::start(names, sender).unwrap()), outputs, runtime }
     }
 
+    /// The next file, of `program`. It lives for some milliseconds: on a PC with much else to do it may be gone before anybody
+    /// could look, and then nobody is told; so it is run again.
+    fn file_of(&mut self, program: &str, run: impl Fn()) -> UsbFile {
+        for _ in 0..20 {
+            run();
+            let file = self.file();
+            if file.program == program.into() {
+                return file;
+            }
+            let known = (file.program.is_empty(), file.uid);
+            assert!(known == (true, None) || file.program == "sh".into(), "never guessed: {file:?}");
+        }
+        panic!("{program} was never seen");
+    }
+
     /// Watches this and nothing else, from the next statement on.
     fn of(to_record: ToRecord) -> Self {
         Self::with(FileNames::Own, to_record)
@@ -272,8 +287,8 @@ fn a_copy_to_it_and_one_from_it_are_told_with_size_program_and_user() {
         fs::set_permissions(source.path(), fs::Permissions::from_mode(0o777)).unwrap();
         fs::write(source.path().join("exam.pdf"), vec![b'x'; 5_000_000]).unwrap();
         let stick = mounted.path();
-        as_student(&format!("cp exam.pdf {}/copy.pdf", stick.display()), source.path());
-        let written = recorded.file();
+        let copy = format!("cp exam.pdf {}/copy.pdf", stick.display());
+        let written = recorded.file_of("cp", || as_student(&copy, source.path()));
         let expected = UsbFile {
             disk: disk(),
             directory: stick.to_str().unwrap().into(),
@@ -290,14 +305,15 @@ fn a_copy_to_it_and_one_from_it_are_told_with_size_program_and_user() {
         let closed: Vec<_> = recorded.recording.as_ref().unwrap().closed().collect();
         assert_eq!(closed.last().unwrap().2, 5_000_000);
 
-        as_student(&format!("cp {}/copy.pdf back.pdf", stick.display()), source.path());
-        let read = recorded.file();
+        let back = format!("cp {}/copy.pdf back.pdf", stick.display());
+        let read = recorded.file_of("cp", || as_student(&back, source.path()));
         assert_eq!(read, UsbFile { access: FileAccess::Read, pid: read.pid, ..expected });
 
         // As root, who has a name; one that is touched.
-        let output = Command::new("cat").arg(stick.join("copy.pdf")).output().unwrap();
-        assert_eq!(output.stdout.len(), 5_000_000);
-        let read = recorded.file();
+        let read = recorded.file_of("cat", || {
+            let output = Command::new("cat").arg(stick.join("copy.pdf")).output().unwrap();
+            assert_eq!(output.stdout.len(), 5_000_000);
+        });
         assert_eq!([&read.program, &read.user], [&"cat".into(), &"root".into()]);
         as_student("touch empty", &stick);
         let touched = recorded.file();
