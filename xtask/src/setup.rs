@@ -13,7 +13,8 @@ const BUILD: [&str; 4] = ["gcc", "libc6-dev", "pkg-config", "libudev-dev"];
 const UNIT: [&str; 1] = ["systemd"];
 /// Debian packages that the lab and the privileged tests take. Captures are made and read by tcpdump and tshark, which
 /// comes with dumpcap, text2pcap and mergecap.
-const LAB: [&str; 7] = ["iproute2", "util-linux", "bpftool", "procps", "ethtool", "tcpdump", "tshark"];
+const LAB: [&str; 8] =
+    ["iproute2", "util-linux", "e2fsprogs", "bpftool", "procps", "ethtool", "tcpdump", "tshark"];
 
 /// Everything to build netmon: packages, the eBPF linker, the eBPF object.
 pub fn build() -> Result<()> {

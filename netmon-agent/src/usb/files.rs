@@ -21,9 +21,8 @@ const SECOND_NS: u64 = 1_000_000_000;
 
 /// How long an event waits for more of the same: a program that opens a file a hundred times in a second is one line.
 pub const WINDOW_NS: u64 = SECOND_NS;
-/// Files a second. The server reads 250 records a second of a PC before it slows it down.
-/// Few, for lines that somebody makes on purpose push older ones out of the logs and the spool: at this rate 64 MiB last for four
-/// hours, at the room's usual one for weeks.
+/// Files a second. Few, for lines that somebody makes on purpose push older ones out of the logs and the spool: at this rate the
+/// 64 MiB of a log last for four hours.
 pub const RATE: u64 = 20;
 /// Files at once: a directory of photographs.
 pub const BURST: u64 = 1_000;
