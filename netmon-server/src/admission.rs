@@ -1,5 +1,5 @@
-//! Who is let in to begin a conversation: a peer that is unknown so far holds few places, so that it cannot take
-//! everybody's.
+//! Who is let in to begin a conversation: a peer that is unknown so far holds few places and calls seldom, so that it cannot
+//! take everybody's.
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use quinn::Incoming;
 
+use crate::clock::Now;
+use crate::limits::{ALL_STRANGE_CALLS, Bucket, Buckets, Rate, STRANGE_CALLS};
 use crate::tls::shown;
 
 /// Refusals are said at most this often.
@@ -15,6 +17,17 @@ const SAY_EVERY_NS: i64 = 1_000_000_000;
 /// Addresses that are remembered of those whose peer was known in the end: more than there are agents. Beyond, all are
 /// forgotten, and come again.
 const MAX_GUESTS: usize = 16_384;
+
+/// How many there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Places {
+    /// For one IP address.
+    pub per_address: usize,
+    /// In all.
+    pub total: usize,
+    /// Of these, places that strangers do not get: one host may have any number of IPv6 addresses.
+    pub reserved: usize,
+}
 
 /// Counts those that are inside and not known yet.
 #[derive(Debug)]
@@ -30,7 +43,7 @@ pub struct Gate {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     places: HashMap<IpAddr, usize>,
     taken: usize,
@@ -38,8 +51,23 @@ struct State {
     strangers: usize,
     /// Addresses from which somebody called who turned out to be known.
     guests: HashSet<IpAddr>,
+    strange_calls: Buckets<IpAddr>,
+    guest_calls: Buckets<IpAddr>,
+    all_strange_calls: Bucket,
     refused: u64,
     said_ns: Option<i64>,
+}
+
+impl State {
+    /// Counts a call of this address, where it may call again.
+    fn may_call(&mut self, address: IpAddr, is_stranger: bool, boot_ns: u64) -> bool {
+        if is_stranger {
+            // The address first: one that calls all the time leaves the others theirs.
+            self.strange_calls.try_take(address, boot_ns) && self.all_strange_calls.try_take(1, boot_ns)
+        } else {
+            self.guest_calls.try_take(address, boot_ns)
+        }
+    }
 }
 
 /// A place; free again when this is dropped.
@@ -68,20 +96,33 @@ pub enum Full {
     Address,
     /// Everything is taken.
     All,
+    /// There were too many calls lately, of this address or of all strangers.
+    Often,
 }
 
 impl Gate {
-    /// A gate with `total` places, at most `per_address` of them for one IP address; strangers do not get those that are
-    /// `reserved`.
-    pub fn new(what: &'static str, per_address: usize, total: usize, reserved: usize) -> Arc<Self> {
-        Arc::new(Self { what, per_address, total, reserved, state: Mutex::default() })
+    /// A gate with so many places; an address from which somebody known called may call so often.
+    pub fn new(what: &'static str, places: Places, guest_calls: Rate) -> Arc<Self> {
+        let Places { per_address, total, reserved } = places;
+        let state = State {
+            places: HashMap::new(),
+            taken: 0,
+            strangers: 0,
+            guests: HashSet::new(),
+            strange_calls: Buckets::new(STRANGE_CALLS),
+            guest_calls: Buckets::new(guest_calls),
+            all_strange_calls: ALL_STRANGE_CALLS.bucket(),
+            refused: 0,
+            said_ns: None,
+        };
+        Arc::new(Self { what, per_address, total, reserved, state: Mutex::new(state) })
     }
 
     /// Takes a place for `address`.
     ///
     /// # Errors
     /// [`Full`]; it is counted.
-    pub fn enter(self: &Arc<Self>, address: IpAddr) -> Result<Place, Full> {
+    pub fn enter(self: &Arc<Self>, address: IpAddr, boot_ns: u64) -> Result<Place, Full> {
         let mut state = self.state();
         let held = state.places.get(&address).copied().unwrap_or_default();
         let is_stranger = !state.guests.contains(&address);
@@ -89,6 +130,8 @@ impl Gate {
             Full::Address
         } else if state.taken >= self.total || is_stranger && state.strangers + self.reserved >= self.total {
             Full::All
+        } else if !state.may_call(address, is_stranger, boot_ns) {
+            Full::Often
         } else {
             state.places.insert(address, held + 1);
             state.taken += 1;
@@ -121,7 +164,7 @@ impl Gate {
             tracing::warn!(
                 listener = self.what,
                 refused,
-                "connections were not let in: too many that are not finished, from one address or in all"
+                "connections were not let in: too many that are not finished, or too many calls, from one address or in all"
             );
         }
     }
@@ -132,7 +175,7 @@ impl Gate {
         self: &Arc<Self>,
         incoming: Incoming,
         has_room: bool,
-        now_ns: i64,
+        now: Now,
     ) -> Option<(Incoming, Place)> {
         if !incoming.remote_address_validated() {
             if incoming.may_retry() {
@@ -143,18 +186,18 @@ impl Gate {
             }
             return None;
         }
-        let entered = self.enter(shown(incoming.remote_address()).ip());
+        let entered = self.enter(shown(incoming.remote_address()).ip(), now.boot_ns);
         match entered {
             Ok(place) if has_room => return Some((incoming, place)),
             // Not answered: it asks again within a second or two, when there may be a place.
-            Err(Full::Address) => incoming.ignore(),
+            Err(Full::Address | Full::Often) => incoming.ignore(),
             Err(Full::All) => incoming.refuse(),
             Ok(_) => {
                 self.state().refused += 1;
                 incoming.refuse();
             }
         }
-        self.say_refusals(now_ns);
+        self.say_refusals(now.wall_ns);
         None
     }
 
@@ -178,8 +221,15 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::GUEST_CALLS;
 
     const SECOND: i64 = 1_000_000_000;
+    /// Boot clock, when it does not matter.
+    const BOOT: u64 = 1_000_000_000_000;
+
+    fn gate(per_address: usize, total: usize, reserved: usize) -> Arc<Gate> {
+        Gate::new("test", Places { per_address, total, reserved }, GUEST_CALLS)
+    }
 
     fn address(last: u8) -> IpAddr {
         [192, 0, 2, last].into()
@@ -187,55 +237,80 @@ mod tests {
 
     #[test]
     fn one_address_cannot_take_the_places_of_the_others() {
-        let gate = Gate::new("test", 2, 3, 0);
-        let first = gate.enter(address(1)).unwrap();
-        let _second = gate.enter(address(1)).unwrap();
-        assert_eq!(gate.enter(address(1)).unwrap_err(), Full::Address);
-        let _other = gate.enter(address(2)).unwrap();
-        assert_eq!(gate.enter(address(3)).unwrap_err(), Full::All);
+        let gate = gate(2, 3, 0);
+        let first = gate.enter(address(1), BOOT).unwrap();
+        let _second = gate.enter(address(1), BOOT).unwrap();
+        assert_eq!(gate.enter(address(1), BOOT).unwrap_err(), Full::Address);
+        let _other = gate.enter(address(2), BOOT).unwrap();
+        assert_eq!(gate.enter(address(3), BOOT).unwrap_err(), Full::All);
         drop(first);
-        let _third = gate.enter(address(1)).unwrap();
-        assert_eq!(gate.enter(address(1)).unwrap_err(), Full::Address);
+        let _third = gate.enter(address(1), BOOT).unwrap();
+        assert_eq!(gate.enter(address(1), BOOT).unwrap_err(), Full::Address);
     }
 
     #[test]
     fn strangers_leave_places_for_those_who_are_known() {
-        let gate = Gate::new("test", 2, 4, 2);
-        gate.enter(address(9)).unwrap().vouch();
-        let _strangers = [gate.enter(address(1)).unwrap(), gate.enter(address(2)).unwrap()];
-        assert_eq!(gate.enter(address(3)).unwrap_err(), Full::All);
-        let _known = [gate.enter(address(9)).unwrap(), gate.enter(address(9)).unwrap()];
-        assert_eq!(gate.enter(address(9)).unwrap_err(), Full::Address);
+        let gate = gate(2, 4, 2);
+        gate.enter(address(9), BOOT).unwrap().vouch();
+        let _strangers = [gate.enter(address(1), BOOT).unwrap(), gate.enter(address(2), BOOT).unwrap()];
+        assert_eq!(gate.enter(address(3), BOOT).unwrap_err(), Full::All);
+        let _known = [gate.enter(address(9), BOOT).unwrap(), gate.enter(address(9), BOOT).unwrap()];
+        assert_eq!(gate.enter(address(9), BOOT).unwrap_err(), Full::Address);
     }
 
     #[test]
     fn the_known_are_bounded_too() {
-        let gate = Gate::new("test", 1, 1, 0);
+        let gate = gate(1, 1, 0);
         for last in 0..=MAX_GUESTS as u128 {
-            gate.enter(std::net::Ipv6Addr::from_bits(last).into()).unwrap().vouch();
+            gate.enter(std::net::Ipv6Addr::from_bits(last).into(), BOOT + last as u64 * SECOND as u64)
+                .unwrap()
+                .vouch();
         }
         assert_eq!(gate.state().guests.len(), 1);
     }
 
     #[test]
     fn places_that_are_left_are_forgotten() {
-        let gate = Gate::new("test", 2, 3, 0);
-        drop((gate.enter(address(1)).unwrap(), gate.enter(address(1)).unwrap()));
+        let gate = gate(2, 3, 0);
+        drop((gate.enter(address(1), BOOT).unwrap(), gate.enter(address(1), BOOT).unwrap()));
         assert!(gate.state().places.is_empty());
         assert_eq!(gate.state().taken, 0);
     }
 
     #[test]
     fn refusals_are_said_once_a_second_and_none_is_forgotten() {
-        let gate = Gate::new("test", 0, 0, 0);
+        let gate = gate(0, 0, 0);
         assert_eq!(gate.refusals(0), None);
-        gate.enter(address(1)).unwrap_err();
+        gate.enter(address(1), BOOT).unwrap_err();
         assert_eq!(gate.refusals(SECOND), Some(1));
-        gate.enter(address(1)).unwrap_err();
-        gate.enter(address(2)).unwrap_err();
+        gate.enter(address(1), BOOT).unwrap_err();
+        gate.enter(address(2), BOOT).unwrap_err();
         assert_eq!(gate.refusals(2 * SECOND - 1), None);
         assert!(gate.has_unsaid());
         assert_eq!(gate.refusals(2 * SECOND), Some(2));
         assert!(!gate.has_unsaid());
+    }
+
+    #[test]
+    fn who_calls_all_the_time_is_heard_now_and_then_and_the_others_always() {
+        let gate = gate(2, 4, 2);
+        gate.enter(address(9), BOOT).unwrap().vouch();
+        let calls = |last, at| (0..1_000).filter(|_| gate.enter(address(last), at).is_ok()).count() as u64;
+        assert_eq!(calls(1, BOOT), STRANGE_CALLS.burst);
+        assert_eq!(gate.enter(address(1), BOOT).unwrap_err(), Full::Often);
+        assert_eq!(calls(1, BOOT + SECOND as u64), STRANGE_CALLS.per_second);
+        assert_eq!(calls(2, BOOT), STRANGE_CALLS.burst);
+        // Somebody known called from there.
+        assert_eq!(calls(9, BOOT), GUEST_CALLS.burst);
+    }
+
+    #[test]
+    fn strangers_with_many_addresses_share_a_limit_that_guests_do_not() {
+        let gate = gate(2, 4, 2);
+        gate.enter(address(9), BOOT).unwrap().vouch();
+        let many = (0..10_000_u128).map(|n| std::net::Ipv6Addr::from_bits(n).into());
+        let heard = many.filter(|address| gate.enter(*address, BOOT).is_ok()).count() as u64;
+        assert_eq!(heard, ALL_STRANGE_CALLS.burst - 1);
+        assert!(gate.enter(address(9), BOOT).is_ok());
     }
 }

@@ -19,14 +19,14 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch}
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
-use crate::admission::{Gate, Place};
+use crate::admission::{Gate, Place, Places};
 use crate::ca::{self, AGENT_GRACE, AGENT_LIFETIME, AgentKey, Ca};
 use crate::chain;
 use crate::clock::{self, Now};
 use crate::clones::Callers;
 use crate::conversation::{Action, Applied, Conversation, Stop, Work, refusal, revoked};
 use crate::frames::{self, FrameError};
-use crate::limits::{Share, Strikes};
+use crate::limits::{Bucket, Buckets, CALLS, GUEST_CALLS, HEARTBEATS, Share, Strikes};
 use crate::notice::Notice;
 use crate::presence::{Life, Presence};
 use crate::signing::LogKey;
@@ -124,6 +124,8 @@ pub struct Collector {
     /// What is to be added to the histories, with the time of its noticing.
     notices: Mutex<Vec<(AgentId, Notice, i64)>>,
     noticed: Notify,
+    /// By the key of a certificate: only those that this server's CA signed come so far.
+    calls: Mutex<Buckets<[u8; 32]>>,
     unpacked: Arc<Semaphore>,
     connections: AtomicU64,
     faults: AtomicU64,
@@ -135,10 +137,20 @@ struct Live {
     connection: Connection,
 }
 
+/// How many heartbeats an agent may say.
+struct Heartbeats(Bucket);
+
+impl Default for Heartbeats {
+    fn default() -> Self {
+        Self(HEARTBEATS.bucket())
+    }
+}
+
 /// What outlives an agent's connections.
 #[derive(Default)]
 struct Known {
     share: Share,
+    heartbeats: Heartbeats,
     strikes: Strikes,
     callers: Callers,
     /// When it was said last that it was cloned, boot clock.
@@ -166,6 +178,7 @@ impl Collector {
             presence: Mutex::new(presence),
             notices: Mutex::default(),
             noticed: Notify::new(),
+            calls: Mutex::new(Buckets::new(CALLS)),
             unpacked: Arc::new(Semaphore::new(UNPACKED_BATCHES)),
             connections: AtomicU64::new(1),
             faults: AtomicU64::new(0),
@@ -180,7 +193,15 @@ impl Collector {
         mut stop: watch::Receiver<bool>,
         allow_list_changed: Arc<Notify>,
     ) {
-        let gate = Gate::new("events", MAX_HANDSHAKES_PER_ADDRESS, MAX_HANDSHAKES, MAX_HANDSHAKES / 2);
+        let gate = Gate::new(
+            "events",
+            Places {
+                per_address: MAX_HANDSHAKES_PER_ADDRESS,
+                total: MAX_HANDSHAKES,
+                reserved: MAX_HANDSHAKES / 2,
+            },
+            GUEST_CALLS,
+        );
         let (ended, end) = watch::channel(false);
         let noting = tokio::spawn(self.clone().note(end.clone()));
         let keeping = tokio::spawn(self.clone().keep(end, allow_list_changed));
@@ -195,7 +216,7 @@ impl Collector {
             let Some(incoming) = incoming else { break };
             // Whoever is not in a handshake is an agent.
             let has_room = tasks.len() < MAX_CONNECTIONS + MAX_HANDSHAKES;
-            if let Some((incoming, place)) = gate.admit(incoming, has_room, clock::wall_ns()) {
+            if let Some((incoming, place)) = gate.admit(incoming, has_room, Now::read()) {
                 tasks.spawn(self.clone().serve(incoming, place, stop.clone()));
             }
         }
@@ -299,7 +320,7 @@ impl Collector {
         }
         // Their readable logs follow.
         for agent in agents {
-            let _ = self.writer.begin(Some(agent), |_| Ok(())).await;
+            let _ = self.writer.begin(Some(agent), 1, |_| Ok(())).await;
         }
     }
 
@@ -421,7 +442,8 @@ impl Collector {
         let now = clock::wall_ns();
         let id = agent.id;
         // Where the store takes nothing, "last seen" is the newest record.
-        let _ = self.writer.run(None, move |conn| store::disconnected(conn, id, number, now)).await;
+        // Behind what its connection brought.
+        let _ = self.writer.run(Some(id), move |conn| store::disconnected(conn, id, number, now)).await;
     }
 
     /// The agent behind a connection: its certificate's key must be on the allow-list. With it the version that the
@@ -436,6 +458,12 @@ impl Collector {
             Some((ca::spki_sha256_of(certificate).ok()?, ca::not_after(certificate).ok()?))
         });
         let (key, not_after) = known.ok_or_else(|| refused("no certificate was shown that can be read"))?;
+        // Before the store is asked: what is answered from it costs everybody.
+        if !lock(&self.calls).try_take(key, Now::read().boot_ns) {
+            return Err(refused(
+                "this agent calls too often; the connection before this one has to last longer",
+            ));
+        }
         let now_ns = clock::wall_ns();
         let expires_ns = not_after.saturating_mul(1_000_000_000);
         let known = self.writer.run(None, move |conn| {
@@ -730,7 +758,7 @@ impl Talk<'_> {
         };
         match self.conversation.receive(message)? {
             Action::Heartbeat(heartbeat) => {
-                self.charge(1);
+                self.charge_heartbeat();
                 let server_ns = self.collector.heartbeat(self.agent.id, heartbeat);
                 Ok(Answer::Now(ToAgent::Heard { server_ns, checkpoint: self.new_checkpoint() }))
             }
@@ -751,12 +779,13 @@ impl Talk<'_> {
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<oneshot::Receiver<Option<Applied>>, Unavailable> {
         let now_ns = clock::wall_ns();
+        let cost = work.cost();
         let apply = move |conn: &rusqlite::Connection| {
             // Free when the work is done, whether or not the agent takes the answer.
             let _permit = permit;
             work.apply(conn, now_ns)
         };
-        self.collector.writer.begin(Some(self.agent.id), apply).await
+        self.collector.writer.begin(Some(self.agent.id), cost, apply).await
     }
 
     /// Takes this much of the agent's share.
@@ -764,6 +793,13 @@ impl Talk<'_> {
         let mut agents = lock(&self.collector.agents);
         let known = agents.entry(self.agent.id).or_default();
         self.pause = known.share.take(cost, Now::read().boot_ns);
+    }
+
+    /// Takes one of the agent's heartbeats.
+    fn charge_heartbeat(&mut self) {
+        let mut agents = lock(&self.collector.agents);
+        let known = agents.entry(self.agent.id).or_default();
+        self.pause = known.heartbeats.0.take(1, Now::read().boot_ns);
     }
 
     fn introduce(&self, about: &mut wire::About) {

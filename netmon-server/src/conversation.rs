@@ -13,6 +13,7 @@ use netmon_common::wire::{About, Batch, Heartbeat, Hello, Open, ToAgent, ToServe
 use rusqlite::Connection;
 
 use crate::ingest::{self, Checked, Fault};
+use crate::limits::BATCH_COST;
 use crate::store::{self, Agent, AgentId, BatchOutcome};
 
 /// Hellos, or their likes of version 2, on one connection: one for each spool that an agent ever had, and no more holes than that.
@@ -291,7 +292,7 @@ impl Work {
             What::Batch { items, .. } => {
                 let bytes =
                     |item: &Checked| item.record.as_ref().map_or(0, |record| record.bytes.len() as u64);
-                items.iter().map(|item| 1 + bytes(item) / USUAL).sum()
+                BATCH_COST + items.iter().map(|item| 1 + bytes(item) / USUAL).sum::<u64>()
             }
         }
     }

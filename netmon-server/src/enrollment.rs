@@ -11,11 +11,12 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::admission::Gate;
+use crate::admission::{Gate, Place, Places};
 use crate::ca::{AgentKey, Ca, uuid_from};
-use crate::clock;
+use crate::clock::{self, Now};
 use crate::collector::{REFUSALS_TIME, stopping};
 use crate::frames::{self, FrameError};
+use crate::limits::ENROLMENT_CALLS;
 use crate::store::{self, Enrolled, Newcomer};
 use crate::tls::{escaped, shown};
 use crate::writer::Writer;
@@ -46,7 +47,11 @@ pub struct Enrollment {
 impl Enrollment {
     /// Enrols PCs until `stop` becomes true.
     pub async fn run(self: Arc<Self>, endpoint: Endpoint, mut stop: watch::Receiver<bool>) {
-        let gate = Gate::new("enrolment", MAX_CONNECTIONS_PER_ADDRESS, MAX_CONNECTIONS, 0);
+        let gate = Gate::new(
+            "enrolment",
+            Places { per_address: MAX_CONNECTIONS_PER_ADDRESS, total: MAX_CONNECTIONS, reserved: 0 },
+            ENROLMENT_CALLS,
+        );
         let mut tasks = JoinSet::new();
         loop {
             let incoming = tokio::select! {
@@ -56,12 +61,11 @@ impl Enrollment {
                 incoming = endpoint.accept() => incoming,
             };
             let Some(incoming) = incoming else { break };
-            if let Some((incoming, place)) = gate.admit(incoming, true, clock::wall_ns()) {
+            if let Some((incoming, place)) = gate.admit(incoming, true, Now::read()) {
                 let this = self.clone();
                 tasks.spawn(async move {
-                    let _place = place;
                     let address = shown(incoming.remote_address());
-                    match timeout(TOTAL_TIME, this.serve(incoming)).await {
+                    match timeout(TOTAL_TIME, this.serve(incoming, &place)).await {
                         Ok(Ok(())) => {}
                         Ok(Err(error)) => {
                             tracing::info!(%address, reason = %escaped(error), "enrolment failed");
@@ -75,7 +79,11 @@ impl Enrollment {
         tasks.shutdown().await;
     }
 
-    async fn serve(&self, incoming: Incoming) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    async fn serve(
+        &self,
+        incoming: Incoming,
+        place: &Place,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let address = shown(incoming.remote_address());
         // Dropped when it takes too long, and so closed.
         let received =
@@ -84,9 +92,12 @@ impl Enrollment {
         let hostname = request.hostname.clone();
         let reply = self.decide(request).await;
         match &reply {
-            Reply::Granted(granted) => tracing::info!(
-                %address, seat = %granted.seat.escaped(), hostname = %hostname.escaped(), "agent enrolled"
-            ),
+            Reply::Granted(granted) => {
+                place.vouch();
+                tracing::info!(
+                    %address, seat = %granted.seat.escaped(), hostname = %hostname.escaped(), "agent enrolled"
+                );
+            }
             Reply::Refused { reason } => tracing::warn!(
                 %address, reason = %Escaped(reason.as_bytes()), hostname = %hostname.escaped(), "enrolment refused"
             ),

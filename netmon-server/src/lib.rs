@@ -1,6 +1,7 @@
 //! netmon's server: collects what the agents of a room record, and keeps a log of each PC.
 //!
 //! Pure modules decide: [`ingest`] (order, duplicates, gaps), [`tokens`] (who may enrol), [`seat`] (labels),
+//! [`lanes`] (whose work is next),
 //! [`render`] (stored item → log line), [`ca`] (certificates). Thin shells do the I/O: [`collector`] and
 //! [`enrollment`] (QUIC), [`store`] (SQLite), [`writer`] (the one thread that writes it), [`seatlogs`] (the
 //! readable log files), [`serve`] and [`commands`] (the command line).
@@ -18,6 +19,7 @@ pub mod datadir;
 pub mod enrollment;
 mod frames;
 pub mod ingest;
+pub mod lanes;
 pub mod limits;
 pub mod notice;
 pub mod passport;

@@ -1,5 +1,7 @@
 //! How much of the server one agent may take. Pure.
 
+use std::collections::HashMap;
+use std::hash::Hash;
 use std::time::Duration;
 
 /// Records (of the usual size) a second that an agent may deliver: a thousand times what a PC records, and an hour's backlog
@@ -12,6 +14,39 @@ pub const BURST: u64 = 4_000;
 pub const LONG_RATE: u64 = 250;
 /// Records that it may deliver before that counts: more than a full spool holds.
 pub const LONG_BURST: u64 = 4_000_000;
+
+/// What a batch costs, whatever is in it, in records of the usual size: a step of its own in the store.
+pub const BATCH_COST: u64 = 4;
+
+/// Calls a second from one address, and at once, of peers that nobody knows yet. A handshake costs the server a signature: a
+/// thousand times what its first packet costs the peer.
+pub const STRANGE_CALLS: Rate = Rate { per_second: 4, burst: 32 };
+/// The same from an address from which a known agent called: many PCs may stand behind one.
+pub const GUEST_CALLS: Rate = Rate { per_second: 8, burst: 256 };
+/// The same where PCs are enrolled: a row of them behind one address.
+pub const ENROLMENT_CALLS: Rate = Rate { per_second: 32, burst: 256 };
+/// Calls of all strangers together: after the server's start everybody is one.
+pub const ALL_STRANGE_CALLS: Rate = Rate { per_second: 64, burst: 4_096 };
+/// Calls with one certificate: an agent waits longer and longer after each that fails.
+pub const CALLS: Rate = Rate { per_second: 1, burst: 16 };
+/// Heartbeats of one agent: it says one in four seconds.
+pub const HEARTBEATS: Rate = Rate { per_second: 2, burst: 16 };
+
+/// How often something may be, in the long run and at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// A second.
+    pub per_second: u64,
+    /// At once.
+    pub burst: u64,
+}
+
+impl Rate {
+    /// A full bucket.
+    pub fn bucket(self) -> Bucket {
+        Bucket::new(self.per_second, self.burst)
+    }
+}
 
 /// Faults within [`STRIKES_NS`] that put an agent into quarantine.
 pub const STRIKES: u32 = 3;
@@ -43,6 +78,52 @@ impl Bucket {
         let full_ns = now_ns.saturating_sub(time(self.burst));
         self.spent_until_ns = self.spent_until_ns.max(full_ns).saturating_add(time(cost));
         Duration::from_nanos(self.spent_until_ns.saturating_sub(now_ns))
+    }
+
+    /// Takes `cost` tokens where there are as many: who has spent it is refused.
+    pub fn try_take(&mut self, cost: u64, now_ns: u64) -> bool {
+        let mut after = self.clone();
+        let is_there = after.take(cost, now_ns).is_zero();
+        if is_there {
+            *self = after;
+        }
+        is_there
+    }
+
+    /// True when it is as a new one.
+    pub fn is_full(&self, now_ns: u64) -> bool {
+        let time_ns = self.burst.saturating_mul(1_000_000_000) / self.rate.max(1);
+        self.spent_until_ns <= now_ns.saturating_sub(time_ns)
+    }
+}
+
+/// A bucket for each of many: as many as [`Buckets::MOST`] are remembered.
+#[derive(Debug)]
+pub struct Buckets<K> {
+    rate: Rate,
+    buckets: HashMap<K, Bucket>,
+}
+
+impl<K: Hash + Eq> Buckets<K> {
+    /// More than there are agents.
+    pub const MOST: usize = 16_384;
+
+    /// Nobody has taken anything.
+    pub fn new(rate: Rate) -> Self {
+        Self { rate, buckets: HashMap::new() }
+    }
+
+    /// Takes one token of `key`'s, where there is one. Who is not remembered for want of room is let through: whoever can
+    /// bring so many keys needs another limit.
+    pub fn try_take(&mut self, key: K, now_ns: u64) -> bool {
+        if self.buckets.len() >= Self::MOST && !self.buckets.contains_key(&key) {
+            self.buckets.retain(|_, bucket| !bucket.is_full(now_ns));
+            if self.buckets.len() >= Self::MOST {
+                return true;
+            }
+        }
+        let rate = self.rate;
+        self.buckets.entry(key).or_insert_with(|| rate.bucket()).try_take(1, now_ns)
     }
 }
 
@@ -111,6 +192,32 @@ mod tests {
     fn a_bucket_never_holds_more_than_a_burst() {
         let mut bucket = Bucket::new(100, 200);
         assert_eq!(bucket.take(300, 1_000_000 * SECOND), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn what_is_refused_takes_nothing() {
+        let mut bucket = Rate { per_second: 2, burst: 3 }.bucket();
+        let now = 1_000 * SECOND;
+        let taken = (0..10).filter(|_| bucket.try_take(1, now)).count();
+        assert_eq!(taken, 3);
+        assert!(!bucket.try_take(1, now + SECOND / 2 - 1));
+        assert!(bucket.try_take(1, now + SECOND / 2));
+        assert!(!bucket.is_full(now + 2 * SECOND - 1));
+        assert!(bucket.is_full(now + 2 * SECOND));
+    }
+
+    #[test]
+    fn each_has_its_own_bucket_and_they_are_bounded() {
+        let mut buckets = Buckets::new(Rate { per_second: 1, burst: 1 });
+        let now = 1_000 * SECOND;
+        let most = Buckets::<usize>::MOST;
+        assert!((0..most).all(|key| buckets.try_take(key, now)));
+        assert!(!buckets.try_take(0, now));
+        // No room: let through, and not remembered.
+        assert!(buckets.try_take(most, now) && buckets.try_take(most, now));
+        // Full ones make room.
+        assert!(buckets.try_take(most, now + SECOND) && !buckets.try_take(most, now + SECOND));
+        assert_eq!(buckets.buckets.len(), 1);
     }
 
     #[test]

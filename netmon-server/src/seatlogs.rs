@@ -21,8 +21,8 @@ use crate::store::{self, AgentId, SeatLog};
 pub const LOG: &str = "log.txt";
 /// What concerns USB.
 pub const USB_LOG: &str = "usb.log";
-/// Items that are rendered at once.
-const PAGE: usize = 1000;
+/// Items that are rendered at once: a few milliseconds.
+const PAGE: usize = 250;
 
 /// Why a seat's logs are behind. The next attempt makes up for it.
 #[derive(Debug, thiserror::Error)]
@@ -78,25 +78,29 @@ impl SeatLogs {
         Self { directory, zone, states: HashMap::new(), unsaved: BTreeSet::new() }
     }
 
-    /// Brings the files of one seat up to the store.
+    /// Brings the files of one seat nearer to the store, by some hundred items; true: there are more.
     ///
     /// # Errors
     /// [`SeatLogError`]; what was written before it stays, and counts.
-    pub fn update(&mut self, conn: &Connection, agent: AgentId) -> Result<(), SeatLogError> {
-        let Some(mut state) = self.state(conn, agent)? else { return Ok(()) };
+    pub fn update(&mut self, conn: &Connection, agent: AgentId) -> Result<bool, SeatLogError> {
+        let Some(mut state) = self.state(conn, agent)? else { return Ok(false) };
         let result = write_new_items(conn, agent, &mut state, &self.zone);
         self.states.insert(agent, state);
         self.unsaved.insert(agent);
         result
     }
 
-    /// Syncs what was written; how far that is, for [`store::save_seat_log`] and then [`SeatLogs::saved`]. A file that is missing
+    /// Syncs what was written of these seats; how far that is, for [`store::save_seat_log`] and then [`SeatLogs::saved`]. A file that is missing
     /// is written anew; a seat that fails does not keep the others from being saved, and is written again from its last save on
     /// (see [`SeatLogs::distrust`]): the last [`SeatLogError`], for which a later call makes up.
-    pub fn synced(&mut self, conn: &Connection) -> (Vec<(AgentId, SeatLog)>, Result<(), SeatLogError>) {
+    pub fn synced(
+        &mut self,
+        conn: &Connection,
+        agents: impl IntoIterator<Item = AgentId>,
+    ) -> (Vec<(AgentId, SeatLog)>, Result<(), SeatLogError>) {
         let mut result = Ok(());
         let mut synced = Vec::new();
-        for agent in self.unsaved.clone() {
+        for agent in agents {
             match self.sync(conn, agent) {
                 Ok(Some(log)) => synced.push((agent, log)),
                 // Without a state there is nothing to save.
@@ -140,9 +144,9 @@ impl SeatLogs {
         self.unsaved.iter().copied()
     }
 
-    /// True when [`SeatLogs::synced`] has something to do.
-    pub fn is_unsaved(&self) -> bool {
-        !self.unsaved.is_empty()
+    /// Those for which [`SeatLogs::synced`] has something to do.
+    pub fn unsaved(&self) -> &BTreeSet<AgentId> {
+        &self.unsaved
     }
 
     fn state(&self, conn: &Connection, agent: AgentId) -> Result<Option<State>, SeatLogError> {
@@ -171,7 +175,7 @@ fn write_new_items(
     agent: AgentId,
     state: &mut State,
     zone: &TimeZone,
-) -> Result<(), SeatLogError> {
+) -> Result<bool, SeatLogError> {
     make_dir(&state.directory)?;
     let (log_path, usb_path) = (state.directory.join(LOG), state.directory.join(USB_LOG));
     let (mut log, log_length) = open(&log_path).map_err(write_error(&log_path))?;
@@ -190,26 +194,25 @@ fn write_new_items(
         }
         file.seek(SeekFrom::Start(bytes)).map_err(write_error(path))?;
     }
-    loop {
-        let items = store::items_from(conn, agent, state.log.next_n, PAGE)?;
-        let Some(last) = items.last() else { return Ok(()) };
-        let (mut log_text, mut usb_text) = (String::new(), String::new());
-        for item in &items {
-            let line = render::line(item, zone);
-            for text in [Some(&mut log_text), line.usb.then_some(&mut usb_text)].into_iter().flatten() {
-                text.push_str(&line.text);
-                text.push('\n');
-            }
+    let items = store::items_from(conn, agent, state.log.next_n, PAGE)?;
+    let Some(last) = items.last() else { return Ok(false) };
+    let (mut log_text, mut usb_text) = (String::new(), String::new());
+    for item in &items {
+        let line = render::line(item, zone);
+        for text in [Some(&mut log_text), line.usb.then_some(&mut usb_text)].into_iter().flatten() {
+            text.push_str(&line.text);
+            text.push('\n');
         }
-        // `usb.log` first: whoever waits for `log.txt` to grow finds both.
-        usb.write_all(usb_text.as_bytes()).map_err(write_error(&usb_path))?;
-        log.write_all(log_text.as_bytes()).map_err(write_error(&log_path))?;
-        state.log = SeatLog {
-            next_n: last.n + 1,
-            log_bytes: state.log.log_bytes + log_text.len() as u64,
-            usb_bytes: state.log.usb_bytes + usb_text.len() as u64,
-        };
     }
+    // `usb.log` first: whoever waits for `log.txt` to grow finds both.
+    usb.write_all(usb_text.as_bytes()).map_err(write_error(&usb_path))?;
+    log.write_all(log_text.as_bytes()).map_err(write_error(&log_path))?;
+    state.log = SeatLog {
+        next_n: last.n + 1,
+        log_bytes: state.log.log_bytes + log_text.len() as u64,
+        usb_bytes: state.log.usb_bytes + usb_text.len() as u64,
+    };
+    Ok(items.len() == PAGE)
 }
 
 fn open(path: &Path) -> io::Result<(File, u64)> {
@@ -253,7 +256,7 @@ mod tests {
     }
 
     fn save(logs: &mut SeatLogs, conn: &Connection) -> Result<(), SeatLogError> {
-        let (synced, result) = logs.synced(conn);
+        let (synced, result) = logs.synced(conn, logs.unsaved().clone());
         for (agent, log) in &synced {
             store::save_seat_log(conn, *agent, *log)?;
         }
@@ -307,18 +310,25 @@ mod tests {
         assert_eq!(room.read(LOG), watching(1..=3));
     }
 
+    /// As often as there is more.
+    fn update_all(logs: &mut SeatLogs, room: &Room) {
+        while logs.update(room.store.conn(), room.agent).unwrap() {}
+    }
+
     #[test]
     fn a_deleted_log_is_written_anew() {
         let room = Room::new();
         let mut logs = room.fresh();
         room.store.append(room.agent, 1, 1..=1500);
-        logs.update(room.store.conn(), room.agent).unwrap();
+        assert!(logs.update(room.store.conn(), room.agent).unwrap());
+        assert_eq!(room.read(LOG), watching(1..=PAGE as u32));
+        update_all(&mut logs, &room);
         save(&mut logs, room.store.conn()).unwrap();
         std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
-        logs.update(room.store.conn(), room.agent).unwrap();
+        update_all(&mut logs, &room);
         assert_eq!(room.read(LOG), watching(1..=1500));
         std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
-        room.fresh().update(room.store.conn(), room.agent).unwrap();
+        update_all(&mut room.fresh(), &room);
         assert_eq!(room.read(LOG), watching(1..=1500));
     }
 
@@ -348,10 +358,10 @@ mod tests {
             [room.agent, others[0], others[1]].map(|agent| store::seat_log(conn, agent).unwrap().next_n);
         assert_eq!(saved, [3, 1, 3]);
         assert_eq!(room.read(LOG), watching(1..=2));
-        assert!(logs.is_unsaved());
+        assert!(!logs.unsaved().is_empty());
         std::fs::remove_file(room.logs.join("other-1")).unwrap();
         save(&mut logs, conn).unwrap();
-        assert!(!logs.is_unsaved());
+        assert!(logs.unsaved().is_empty());
         assert_eq!(store::seat_log(conn, others[0]).unwrap().next_n, 3);
     }
 
@@ -379,7 +389,7 @@ mod tests {
         drop_unsaved();
         save(&mut logs, room.store.conn()).unwrap();
         assert_eq!(room.read(LOG), watching(1..=4));
-        assert!(!logs.is_unsaved());
+        assert!(logs.unsaved().is_empty());
         // The store's own sync failed.
         room.store.append(room.agent, 1, 5..=6);
         logs.update(room.store.conn(), room.agent).unwrap();

@@ -1,28 +1,31 @@
 //! The one thread that writes the store while the server runs: it commits what came within a few milliseconds in
-//! one transaction, and answers only after that commit.
+//! one transaction, and answers only after that commit. Whose work is next is decided in [`crate::lanes`].
 
+use std::collections::BTreeSet;
+use std::ops::Bound::{Excluded, Unbounded};
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rusqlite::{Connection, Transaction};
 use tokio::runtime::Handle;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::clock;
+use crate::clock::{self, Now};
+use crate::lanes::{GROUP_STEPS, Lanes, PART_NS, Turn};
 use crate::seatlogs::SeatLogs;
 use crate::store::{self, AgentId, Store, StoreError};
 
-/// How long a group waits for company: a tenth of what a person notices, and enough to share one sync of the
-/// disk among all PCs of a room.
-const GROUP_TIME: Duration = Duration::from_millis(10);
-/// Most jobs in a group: with batches of the largest size some 64 MiB.
-const GROUP_JOBS: usize = 64;
-/// Jobs that wait for their group; whoever brings more waits.
+/// Jobs on their way to the thread, and as many again that wait there; whoever brings more waits.
 const QUEUE: usize = 128;
+/// Longest part of the heavy work that is made so long because the sync of the disk takes longer, nanoseconds.
+const LONGEST_PART_NS: u64 = 50_000_000;
+/// Seats whose readable logs are saved at once: each is two syncs.
+const SAVED_AT_ONCE: usize = 2;
 /// How often the place of the readable logs is saved: a crash costs rendering this much again.
-const SAVE_EVERY_NS: i64 = 30_000_000_000;
+const SAVE_EVERY_NS: u64 = 30_000_000_000;
 
 /// The store cannot take anything now (disk full, I/O error). Nothing was stored; the agent keeps its records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,8 +45,12 @@ type Answer = Box<dyn FnOnce()>;
 type Work = Box<dyn FnOnce(&Connection) -> rusqlite::Result<Answer> + Send>;
 
 struct Job {
-    /// Whose history it may lengthen.
+    /// Whose history it may lengthen. Work of one agent is done in its order.
     agent: Option<AgentId>,
+    /// In records of the usual size.
+    cost: u64,
+    /// Boot clock.
+    came_ns: u64,
     work: Work,
 }
 
@@ -61,7 +68,18 @@ impl Writer {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let reopened = path.clone();
         let committer = Committer::new(store, move || Store::open_to_write(&reopened));
-        let thread = Thread { path, committer, logs, queue, runtime, state: State::default() };
+        let thread = Thread {
+            path,
+            committer,
+            logs,
+            queue,
+            runtime,
+            lanes: Lanes::default(),
+            is_closed: false,
+            sync_ns: 0,
+            chore: Chore::Steps,
+            state: State::default(),
+        };
         let handle = std::thread::Builder::new().name("writer".into()).spawn(move || thread.run())?;
         Ok((Self { jobs }, handle))
     }
@@ -76,17 +94,18 @@ impl Writer {
         agent: Option<AgentId>,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, Unavailable> {
-        self.begin(agent, work).await?.await.map_err(|_| Unavailable)
+        self.begin(agent, 1, work).await?.await.map_err(|_| Unavailable)
     }
 
     /// [`Writer::run`] that returns as soon as the work has its place in the queue. The result comes after the commit;
-    /// where its sender is dropped, nothing is in the store.
+    /// where its sender is dropped, nothing is in the store. `cost`: in records of the usual size.
     ///
     /// # Errors
     /// [`Unavailable`]: the thread has ended.
     pub async fn begin<T: Send + 'static>(
         &self,
         agent: Option<AgentId>,
+        cost: u64,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<oneshot::Receiver<T>, Unavailable> {
         let (reply, answer) = oneshot::channel();
@@ -95,7 +114,8 @@ impl Writer {
             // Whoever asked may be gone; the work is done all the same.
             Ok(Box::new(move || drop(reply.send(result))) as Answer)
         });
-        self.jobs.send(Job { agent, work }).await.map_err(|_| Unavailable)?;
+        let came_ns = Now::read().boot_ns;
+        self.jobs.send(Job { agent, cost, came_ns, work }).await.map_err(|_| Unavailable)?;
         Ok(answer)
     }
 
@@ -199,6 +219,13 @@ struct Thread {
     logs: SeatLogs,
     queue: mpsc::Receiver<Job>,
     runtime: Handle,
+    lanes: Lanes<Option<AgentId>, Job>,
+    /// Nobody can bring more.
+    is_closed: bool,
+    /// How long the sync of the last commit took.
+    sync_ns: u64,
+    /// The heavy work that was done last.
+    chore: Chore,
     state: State,
 }
 
@@ -207,48 +234,161 @@ struct State {
     store_fails: bool,
     logs_fail: bool,
     saved_ns: i64,
-    /// Seats whose logs are behind because of an error.
-    behind: std::collections::BTreeSet<AgentId>,
+    /// Seats whose logs are behind.
+    behind: BTreeSet<AgentId>,
+    /// Of these, the one that was written last.
+    written: Option<AgentId>,
+    /// Seats whose logs are behind because of an error: they are tried again after the next commit.
+    stuck: BTreeSet<AgentId>,
+    /// Seats whose logs are about to be saved.
+    to_save: BTreeSet<AgentId>,
+}
+
+/// What is done in parts while light steps wait for company.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Chore {
+    /// Heavy steps.
+    Steps,
+    /// The readable logs follow the store.
+    Logs,
+    /// Their place is saved.
+    Save,
+}
+
+impl Chore {
+    fn next(self) -> Self {
+        match self {
+            Self::Steps => Self::Logs,
+            Self::Logs => Self::Save,
+            Self::Save => Self::Steps,
+        }
+    }
+}
+
+fn now_ns() -> u64 {
+    Now::read().boot_ns
 }
 
 impl Thread {
     fn run(mut self) {
         self.catch_up();
-        while let Some(group) = self.next_group() {
-            let agents = group.iter().filter_map(|job| job.agent).collect::<Vec<_>>();
-            match self.committer.commit(group.into_iter().map(|job| job.work)) {
-                Ok(answers) => {
-                    if std::mem::take(&mut self.state.store_fails) {
-                        tracing::info!("the store takes records again");
-                        // They are on the same disk.
-                        self.state.behind.extend(self.logs.distrust());
+        while self.take_in() {
+            // Nobody waits for company that cannot come.
+            match self.lanes.turn(if self.is_closed { u64::MAX } else { now_ns() }) {
+                Turn::Light => self.commit(Lanes::pop_light, u64::MAX),
+                Turn::Heavy(until_ns) => {
+                    if !self.heavy_part() {
+                        self.wait(until_ns);
                     }
-                    answers.into_iter().for_each(|answer| answer());
-                    self.state.behind.extend(agents);
-                    self.write_logs();
                 }
-                Err(error) => self.failed(&error),
+                Turn::Wait(until_ns) => self.wait(Some(until_ns)),
             }
         }
-        self.save_logs();
+        while self.write_logs() {}
+        self.state.to_save = self.logs.unsaved().clone();
+        while self.save_logs() {}
         self.committer.close();
     }
 
-    /// Waits for a job and gathers what follows within [`GROUP_TIME`].
-    fn next_group(&mut self) -> Option<Vec<Job>> {
+    /// Takes what has come. False: nothing waits, and nothing can come.
+    fn take_in(&mut self) -> bool {
+        while self.lanes.len() < QUEUE {
+            match self.queue.try_recv() {
+                Ok(job) => self.push(job),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => {
+                    self.is_closed = true;
+                    break;
+                }
+            }
+        }
+        !(self.is_closed && self.lanes.is_empty())
+    }
+
+    fn push(&mut self, job: Job) {
+        self.lanes.push(job.agent, job.cost, job.came_ns, job);
+    }
+
+    /// Waits for a job, until this time at most.
+    fn wait(&mut self, until_ns: Option<u64>) {
+        if self.is_closed {
+            return;
+        }
         let queue = &mut self.queue;
-        self.runtime.block_on(async {
-            let mut group = vec![queue.recv().await?];
-            let gather = async {
-                while group.len() < GROUP_JOBS {
-                    let Some(job) = queue.recv().await else { break };
-                    group.push(job);
+        let job = self.runtime.block_on(async {
+            match until_ns {
+                None => Some(queue.recv().await),
+                Some(until_ns) => {
+                    let time = Duration::from_nanos(until_ns.saturating_sub(now_ns()));
+                    // The time being over is the usual end.
+                    timeout(time, queue.recv()).await.ok()
+                }
+            }
+        });
+        match job {
+            Some(Some(job)) => self.push(job),
+            Some(None) => self.is_closed = true,
+            None => {}
+        }
+    }
+
+    /// Commits steps until there are no more, [`GROUP_STEPS`] are done or this time has passed.
+    fn commit(&mut self, next: fn(&mut Lanes<Option<AgentId>, Job>) -> Option<Job>, time_ns: u64) {
+        let began_ns = now_ns();
+        let mut worked_ns = began_ns;
+        let mut agents = Vec::new();
+        let lanes = &mut self.lanes;
+        let steps = std::iter::from_fn(|| {
+            worked_ns = now_ns();
+            if agents.len() >= GROUP_STEPS || worked_ns.saturating_sub(began_ns) >= time_ns {
+                return None;
+            }
+            let job = next(lanes)?;
+            agents.push(job.agent);
+            Some(job.work)
+        });
+        match self.committer.commit(steps) {
+            Ok(answers) => {
+                self.sync_ns = now_ns().saturating_sub(worked_ns);
+                answers.into_iter().for_each(|answer| answer());
+                if std::mem::take(&mut self.state.store_fails) {
+                    tracing::info!("the store takes records again");
+                    // They are on the same disk.
+                    self.state.behind.extend(self.logs.distrust());
+                }
+                self.state.behind.append(&mut self.state.stuck);
+                self.state.behind.extend(agents.into_iter().flatten());
+            }
+            Err(error) => {
+                self.failed(&error);
+                // Those who did not have their turn are told, too; they come again.
+                while next(&mut self.lanes).is_some() {}
+            }
+        }
+    }
+
+    /// Does some of the heavy work. False: there is none.
+    fn heavy_part(&mut self) -> bool {
+        for _ in 0..3 {
+            self.chore = self.chore.next();
+            let is_done = match self.chore {
+                Chore::Steps if self.lanes.has_heavy() => {
+                    // Half of the time for the disk, at most.
+                    self.commit(Lanes::pop_heavy, self.sync_ns.clamp(PART_NS, LONGEST_PART_NS));
+                    true
+                }
+                Chore::Steps => false,
+                Chore::Logs => self.write_logs(),
+                Chore::Save => {
+                    self.begin_to_save();
+                    self.save_logs()
                 }
             };
-            // The time being over is the usual end.
-            let _ = timeout(GROUP_TIME, gather).await;
-            Some(group)
-        })
+            if is_done {
+                return true;
+            }
+        }
+        false
     }
 
     fn failed(&mut self, error: &GroupError) {
@@ -271,30 +411,61 @@ impl Thread {
             Ok(summaries) => self.state.behind.extend(summaries.iter().map(|summary| summary.agent.id)),
             Err(error) => tracing::warn!(error = %error, "cannot look for logs that are behind"),
         }
-        self.write_logs();
-        self.save_logs();
+        while self.write_logs() {}
+        self.state.to_save = self.logs.unsaved().clone();
+        while self.save_logs() {}
     }
 
-    fn write_logs(&mut self) {
-        let Some(store) = self.committer.store() else { return };
+    /// Some of the logs that are behind. False: none is.
+    fn write_logs(&mut self) -> bool {
+        let Some(store) = self.committer.store() else { return false };
+        let began_ns = now_ns();
+        let State { behind, written, stuck, .. } = &mut self.state;
+        if behind.is_empty() {
+            return false;
+        }
         let mut failure = None;
-        for agent in std::mem::take(&mut self.state.behind) {
-            if let Err(error) = self.logs.update(store.conn(), agent) {
-                self.state.behind.insert(agent);
-                failure = Some(error);
+        while now_ns().saturating_sub(began_ns) < PART_NS {
+            // In turns.
+            let after = written.and_then(|last| behind.range((Excluded(last), Unbounded)).next().copied());
+            let Some(agent) = after.or_else(|| behind.first().copied()) else { break };
+            *written = Some(agent);
+            match self.logs.update(store.conn(), agent) {
+                Ok(true) => {}
+                Ok(false) => {
+                    behind.remove(&agent);
+                }
+                Err(error) => {
+                    behind.remove(&agent);
+                    stuck.insert(agent);
+                    failure = Some(error);
+                }
             }
         }
-        self.note_logs(failure);
+        if failure.is_some() || stuck.is_empty() {
+            self.note_logs(failure);
+        }
+        true
+    }
+
+    /// When it is time, all that was written is to be saved.
+    fn begin_to_save(&mut self) {
         let now = clock::wall_ns();
-        if self.logs.is_unsaved() && now.abs_diff(self.state.saved_ns) >= SAVE_EVERY_NS as u64 {
-            self.save_logs();
+        if self.state.to_save.is_empty() && now.abs_diff(self.state.saved_ns) >= SAVE_EVERY_NS {
+            self.state.to_save = self.logs.unsaved().clone();
+            self.state.saved_ns = now;
         }
     }
 
-    fn save_logs(&mut self) {
-        self.state.saved_ns = clock::wall_ns();
-        let Some(store) = self.committer.store() else { return };
-        let (synced, result) = self.logs.synced(store.conn());
+    /// Saves how far some of the logs are. False: none is to be saved.
+    fn save_logs(&mut self) -> bool {
+        let Some(store) = self.committer.store() else { return false };
+        let some: Vec<_> = self.state.to_save.iter().take(SAVED_AT_ONCE).copied().collect();
+        if some.is_empty() {
+            return false;
+        }
+        self.state.to_save.retain(|agent| !some.contains(agent));
+        let (synced, result) = self.logs.synced(store.conn(), some);
         let places = synced.as_slice();
         let save = |conn: &Connection| {
             places.iter().try_for_each(|(agent, log)| store::save_seat_log(conn, *agent, *log))
@@ -307,6 +478,7 @@ impl Thread {
         if let Err(error) = result {
             self.note_logs(Some(error));
         }
+        true
     }
 
     fn note_logs(&mut self, failure: Option<crate::seatlogs::SeatLogError>) {

@@ -41,9 +41,9 @@ const BUSY: Duration = Duration::from_secs(10);
 /// What a connection keeps of the file in memory, at most: the pages of the largest group of batches, so that none of
 /// them is written before its commit, and read back.
 const PAGE_CACHE_KIB: i64 = 16 * 1024;
-/// Pages that the log beside the file (WAL) has before they go into the file: 16 MiB. A page that changed often meanwhile
-/// goes there once.
-const CHECKPOINT_PAGES: i64 = 4096;
+/// Pages that the log beside the file (WAL) has before they go into the file: 2 MiB. Whoever waits for a commit waits for
+/// that, too: as many as take some milliseconds. A page that changed often meanwhile goes there once.
+const CHECKPOINT_PAGES: i64 = 512;
 /// Bytes that the log keeps, at most, when it begins anew: who reads one moment of the store for long makes it grow, and who
 /// opens the store to write writes all of it again.
 const LOG_BYTES: i64 = 32 << 20;

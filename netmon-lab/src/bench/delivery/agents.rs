@@ -1,6 +1,6 @@
 //! Many agents in one process: real identities, the real protocol, no spool. They say what they are told to.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use netmon_agent::clock::Now;
 use netmon_agent::identity::{Identity, enroll};
-use netmon_agent::uplink::{client_endpoint, quic_config};
+use netmon_agent::uplink::quic_config;
 use netmon_common::enroll::Token;
 use netmon_common::model::Coverage;
 use netmon_common::raw::Raw;
@@ -29,19 +29,27 @@ const AT_ONCE: usize = 6;
 /// Nothing here should take longer, on a busy machine either.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// An enrolled PC, as it calls the server.
+/// An enrolled PC, as it calls the server: from an address of its own, as PCs do.
 #[derive(Clone)]
 pub struct Agent {
+    from: Ipv4Addr,
     config: ClientConfig,
     ca: CertificateDer<'static>,
     remote: SocketAddr,
 }
 
-/// Enrols `count` PCs named `prefix`-1 and so on. Their identities go below `directory`.
+/// Enrols `count` PCs named `prefix`-1 and so on, with addresses in 127.`network`.0.0/16. Their identities go below
+/// `directory`.
 ///
 /// # Errors
 /// What the enrolment says.
-pub async fn enrol(token: &str, prefix: &'static str, count: usize, directory: &Path) -> Result<Vec<Agent>> {
+pub async fn enrol(
+    token: &str,
+    prefix: &'static str,
+    network: u8,
+    count: usize,
+    directory: &Path,
+) -> Result<Vec<Agent>> {
     let token: Token = token.parse().context("the server's token")?;
     let turns = Arc::new(Semaphore::new(AT_ONCE));
     let mut tasks = JoinSet::new();
@@ -54,7 +62,9 @@ pub async fn enrol(token: &str, prefix: &'static str, count: usize, directory: &
             enroll(&token, name.clone(), name, &directory, false).await?;
             let identity = Identity::load(&directory)?.context("no identity was stored")?;
             let config = quic_config(identity.tls(None)?)?;
-            let agent = Agent { config, ca: identity.ca.clone(), remote: identity.address.parse()? };
+            let host = u16::try_from(number + 1)?.to_be_bytes();
+            let from = Ipv4Addr::new(127, network, host[0], host[1]);
+            let agent = Agent { from, config, ca: identity.ca.clone(), remote: identity.address.parse()? };
             Ok::<_, anyhow::Error>((number, agent))
         });
     }
@@ -69,7 +79,7 @@ impl Agent {
     /// # Errors
     /// There is no connection.
     pub async fn connect(&self) -> Result<(Endpoint, Connection)> {
-        let endpoint = client_endpoint(self.remote)?;
+        let endpoint = Endpoint::client((self.from, 0).into())?;
         let connecting = endpoint.connect_with(self.config.clone(), self.remote, SERVER_NAME)?;
         let connection = timeout(PATIENCE, connecting).await.context("no connection in time")??;
         Ok((endpoint, connection))

@@ -98,8 +98,8 @@ impl Scene {
         let count = Behaviour::ALL.len();
         let token = server.token(count + 1)?;
         let enrol = async {
-            let good = agents::enrol(&token, "good", 1, identities.path()).await?;
-            let hostile = agents::enrol(&token, "hostile", count, identities.path()).await?;
+            let good = agents::enrol(&token, "good", 1, 1, identities.path()).await?;
+            let hostile = agents::enrol(&token, "hostile", 2, count, identities.path()).await?;
             Ok::<_, anyhow::Error>((good, hostile))
         };
         let (good, hostile) = runtime.block_on(enrol).context("enrolment")?;

@@ -226,7 +226,7 @@ impl Netmon {
         let identities = tempfile::Builder::new().prefix("identities-").tempdir_in(directory)?;
         let all = agents + MODERATE_AGENTS;
         let token = server.token(all)?;
-        let enrolled = agents::enrol(&token, "pc", all, identities.path());
+        let enrolled = agents::enrol(&token, "pc", 1, all, identities.path());
         let mut room = runtime.block_on(enrolled).context("enrolment")?;
         let agents = room.split_off(MODERATE_AGENTS);
         Ok(Self { server, agents, room, _identities: identities })
