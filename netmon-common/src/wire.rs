@@ -44,7 +44,7 @@ pub const MAX_FRAME: usize = 256 * 1024;
 /// Most records in a batch.
 pub const MAX_BATCH_RECORDS: u32 = 500;
 /// Most bytes of a batch's records before compression.
-pub const MAX_BATCH_BYTES: usize = 1024 * 1024;
+pub const MAX_BATCH_BYTES: usize = 256 * 1024;
 /// Bytes in front of each frame's payload.
 pub const FRAME_HEADER: usize = 8;
 /// Batches that may wait for their acks on a connection.

@@ -1,7 +1,7 @@
 //! Who is let in to begin a conversation: a peer that is unknown so far holds few places and calls seldom, so that it cannot
 //! take everybody's.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -13,10 +13,6 @@ use crate::tls::shown;
 
 /// Refusals are said at most this often.
 const SAY_EVERY_NS: i64 = 1_000_000_000;
-
-/// Addresses that are remembered of those whose peer was known in the end: more than there are agents. Beyond, all are
-/// forgotten, and come again.
-const MAX_GUESTS: usize = 16_384;
 
 /// How many there are.
 #[derive(Clone, Copy, Debug)]
@@ -49,8 +45,10 @@ struct State {
     taken: usize,
     /// Of these, by strangers.
     strangers: usize,
-    /// Addresses from which somebody called who turned out to be known.
-    guests: HashSet<IpAddr>,
+    /// The address from which each known agent called last: one that has many brings its newest alone.
+    callers: HashMap<[u8; 16], IpAddr>,
+    /// These addresses, with the number of agents that called from each.
+    guests: HashMap<IpAddr, usize>,
     strange_calls: Buckets<IpAddr>,
     guest_calls: Buckets<IpAddr>,
     all_strange_calls: Bucket,
@@ -59,6 +57,15 @@ struct State {
 }
 
 impl State {
+    fn vouch(&mut self, uuid: [u8; 16], address: IpAddr) {
+        *self.guests.entry(address).or_default() += 1;
+        let Some(before) = self.callers.insert(uuid, address) else { return };
+        let left = self.guests.remove(&before).unwrap_or_default().saturating_sub(1);
+        if left > 0 {
+            self.guests.insert(before, left);
+        }
+    }
+
     /// Counts a call of this address, where it may call again.
     fn may_call(&mut self, address: IpAddr, is_stranger: bool, boot_ns: u64) -> bool {
         if is_stranger {
@@ -79,13 +86,10 @@ pub struct Place {
 }
 
 impl Place {
-    /// Who took it turned out to be known: calls from this address get a place also when strangers have taken theirs.
-    pub fn vouch(&self) {
-        let mut state = self.gate.state();
-        if state.guests.len() >= MAX_GUESTS {
-            state.guests.clear();
-        }
-        state.guests.insert(self.address);
+    /// Who took it turned out to be the agent with this identity: calls from this address get a place also when strangers have
+    /// taken theirs.
+    pub fn vouch(&self, uuid: [u8; 16]) {
+        self.gate.state().vouch(uuid, self.address);
     }
 }
 
@@ -108,7 +112,8 @@ impl Gate {
             places: HashMap::new(),
             taken: 0,
             strangers: 0,
-            guests: HashSet::new(),
+            callers: HashMap::new(),
+            guests: HashMap::new(),
             strange_calls: Buckets::new(STRANGE_CALLS),
             guest_calls: Buckets::new(guest_calls),
             all_strange_calls: ALL_STRANGE_CALLS.bucket(),
@@ -125,7 +130,7 @@ impl Gate {
     pub fn enter(self: &Arc<Self>, address: IpAddr, boot_ns: u64) -> Result<Place, Full> {
         let mut state = self.state();
         let held = state.places.get(&address).copied().unwrap_or_default();
-        let is_stranger = !state.guests.contains(&address);
+        let is_stranger = !state.guests.contains_key(&address);
         let full = if held >= self.per_address {
             Full::Address
         } else if state.taken >= self.total || is_stranger && state.strangers + self.reserved >= self.total {
@@ -251,7 +256,7 @@ mod tests {
     #[test]
     fn strangers_leave_places_for_those_who_are_known() {
         let gate = gate(2, 4, 2);
-        gate.enter(address(9), BOOT).unwrap().vouch();
+        gate.enter(address(9), BOOT).unwrap().vouch([9; 16]);
         let _strangers = [gate.enter(address(1), BOOT).unwrap(), gate.enter(address(2), BOOT).unwrap()];
         assert_eq!(gate.enter(address(3), BOOT).unwrap_err(), Full::All);
         let _known = [gate.enter(address(9), BOOT).unwrap(), gate.enter(address(9), BOOT).unwrap()];
@@ -259,14 +264,21 @@ mod tests {
     }
 
     #[test]
-    fn the_known_are_bounded_too() {
-        let gate = gate(1, 1, 0);
-        for last in 0..=MAX_GUESTS as u128 {
-            gate.enter(std::net::Ipv6Addr::from_bits(last).into(), BOOT + last as u64 * SECOND as u64)
-                .unwrap()
-                .vouch();
+    fn an_agent_with_many_addresses_makes_one_of_them_known() {
+        let gate = gate(1, 10, 0);
+        for last in 0..1_000_u128 {
+            let address: IpAddr = std::net::Ipv6Addr::from_bits(last).into();
+            gate.enter(address, BOOT + last as u64 * SECOND as u64).unwrap().vouch([7; 16]);
         }
-        assert_eq!(gate.state().guests.len(), 1);
+        assert_eq!((gate.state().guests.len(), gate.state().callers.len()), (1, 1));
+        // Two behind one address; one of them moves.
+        let calls = |last| gate.enter(address(last), BOOT + 2_000 * SECOND as u64).unwrap();
+        calls(1).vouch([1; 16]);
+        calls(1).vouch([1; 16]);
+        calls(1).vouch([2; 16]);
+        calls(2).vouch([1; 16]);
+        assert_eq!(gate.state().guests.get(&address(1)), Some(&1));
+        assert_eq!(gate.state().guests.get(&address(2)), Some(&1));
     }
 
     #[test]
@@ -294,7 +306,7 @@ mod tests {
     #[test]
     fn who_calls_all_the_time_is_heard_now_and_then_and_the_others_always() {
         let gate = gate(2, 4, 2);
-        gate.enter(address(9), BOOT).unwrap().vouch();
+        gate.enter(address(9), BOOT).unwrap().vouch([9; 16]);
         let calls = |last, at| (0..1_000).filter(|_| gate.enter(address(last), at).is_ok()).count() as u64;
         assert_eq!(calls(1, BOOT), STRANGE_CALLS.burst);
         assert_eq!(gate.enter(address(1), BOOT).unwrap_err(), Full::Often);
@@ -307,7 +319,7 @@ mod tests {
     #[test]
     fn strangers_with_many_addresses_share_a_limit_that_guests_do_not() {
         let gate = gate(2, 4, 2);
-        gate.enter(address(9), BOOT).unwrap().vouch();
+        gate.enter(address(9), BOOT).unwrap().vouch([9; 16]);
         let many = (0..10_000_u128).map(|n| std::net::Ipv6Addr::from_bits(n).into());
         let heard = many.filter(|address| gate.enter(*address, BOOT).is_ok()).count() as u64;
         assert_eq!(heard, ALL_STRANGE_CALLS.burst - 1);

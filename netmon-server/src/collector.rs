@@ -5,6 +5,7 @@
 //! that sends more than its share is read more slowly. The others do not notice.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -26,6 +27,7 @@ use crate::clock::{self, Now};
 use crate::clones::Callers;
 use crate::conversation::{Action, Applied, Conversation, Stop, Work, refusal, revoked};
 use crate::frames::{self, FrameError};
+use crate::lanes::LIGHT_COST;
 use crate::limits::{Bucket, Buckets, CALLS, GUEST_CALLS, HEARTBEATS, Share, Strikes};
 use crate::notice::Notice;
 use crate::presence::{Life, Presence};
@@ -52,7 +54,7 @@ const LAST_WORD_TIME: Duration = Duration::from_secs(1);
 const STOP_TIME: Duration = Duration::from_secs(5);
 /// For an answer to be taken by an agent.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
-/// Batches of all agents together that are unpacked and wait for the store: 64 MiB at most.
+/// Batches of all agents together that are unpacked and wait for the store, and as many again of few records: 32 MiB at most.
 const UNPACKED_BATCHES: usize = 64;
 /// Who is missing is looked at this often.
 const TICK: Duration = Duration::from_secs(1);
@@ -92,6 +94,8 @@ enum End {
     Stopping,
     #[error(transparent)]
     Stop(#[from] Stop),
+    #[error("this agent calls too often")]
+    Often,
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
 }
@@ -124,9 +128,11 @@ pub struct Collector {
     /// What is to be added to the histories, with the time of its noticing.
     notices: Mutex<Vec<(AgentId, Notice, i64)>>,
     noticed: Notify,
-    /// By the key of a certificate: only those that this server's CA signed come so far.
-    calls: Mutex<Buckets<[u8; 32]>>,
+    /// By the key of a certificate (only those that this server's CA signed come so far) and the address: a copy of an
+    /// identity does not keep its owner out.
+    calls: Mutex<Buckets<([u8; 32], IpAddr)>>,
     unpacked: Arc<Semaphore>,
+    unpacked_small: Arc<Semaphore>,
     connections: AtomicU64,
     faults: AtomicU64,
 }
@@ -180,6 +186,7 @@ impl Collector {
             noticed: Notify::new(),
             calls: Mutex::new(Buckets::new(CALLS)),
             unpacked: Arc::new(Semaphore::new(UNPACKED_BATCHES)),
+            unpacked_small: Arc::new(Semaphore::new(UNPACKED_BATCHES)),
             connections: AtomicU64::new(1),
             faults: AtomicU64::new(0),
         }
@@ -404,7 +411,7 @@ impl Collector {
                 return say_goodbye(&connection, None, &end).await;
             }
         };
-        place.vouch();
+        place.vouch(agent.uuid);
         drop(place);
         if !self.register(&agent, number, version, &connection) {
             return connection.close(code::REPLACED.into(), b"the same identity connected again");
@@ -458,11 +465,11 @@ impl Collector {
             Some((ca::spki_sha256_of(certificate).ok()?, ca::not_after(certificate).ok()?))
         });
         let (key, not_after) = known.ok_or_else(|| refused("no certificate was shown that can be read"))?;
+        let address = shown(connection.remote_address()).ip();
         // Before the store is asked: what is answered from it costs everybody.
-        if !lock(&self.calls).try_take(key, Now::read().boot_ns) {
-            return Err(refused(
-                "this agent calls too often; the connection before this one has to last longer",
-            ));
+        if !lock(&self.calls).try_take((key, address), Now::read().boot_ns) {
+            // Not refused: that would keep it away for longer than it takes to be missing.
+            return Err(End::Often);
         }
         let now_ns = clock::wall_ns();
         let expires_ns = not_after.saturating_mul(1_000_000_000);
@@ -633,7 +640,7 @@ async fn say_goodbye(connection: &Connection, stream: Option<SendStream>, end: &
         End::Finished | End::Stopping => (code::DONE, end.to_string()),
         End::Stop(Stop::Refused(_)) => (code::REFUSED, end.to_string()),
         End::Stop(Stop::Fault(_)) => (code::FAULT, end.to_string()),
-        End::Unavailable(_) => (code::UNAVAILABLE, end.to_string()),
+        End::Often | End::Unavailable(_) => (code::UNAVAILABLE, end.to_string()),
     };
     if let End::Stop(Stop::Refused(reason)) = end {
         // An agent that does not read it finds the reason in the close.
@@ -753,6 +760,10 @@ impl Talk<'_> {
 
     async fn take(&mut self, message: ToServer) -> Result<Answer, End> {
         let permit = match &message {
+            // News do not wait for room behind backlogs.
+            ToServer::Batch(batch) if u64::from(batch.count) <= LIGHT_COST => {
+                self.collector.unpacked_small.clone().acquire_owned().await.ok()
+            }
             ToServer::Batch(_) => self.collector.unpacked.clone().acquire_owned().await.ok(),
             _ => None,
         };

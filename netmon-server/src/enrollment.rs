@@ -93,7 +93,7 @@ impl Enrollment {
         let reply = self.decide(request).await;
         match &reply {
             Reply::Granted(granted) => {
-                place.vouch();
+                place.vouch(granted.agent);
                 tracing::info!(
                     %address, seat = %granted.seat.escaped(), hostname = %hostname.escaped(), "agent enrolled"
                 );

@@ -95,7 +95,9 @@ impl<K: Clone + Eq + Hash, T> Lanes<K, T> {
         let oldest =
             self.light.iter().filter_map(|owner| Some(self.queues.get(owner)?.front()?.came_ns)).min();
         let due_ns = oldest.map(|came_ns| came_ns.saturating_add(COMPANY_NS));
-        let is_due = due_ns.is_some_and(|due_ns| due_ns <= now_ns) || self.light.len() >= GROUP_STEPS;
+        let is_due = due_ns.is_some_and(|due_ns| due_ns <= now_ns)
+            || self.light.len() >= GROUP_STEPS
+            || self.steps >= 2 * GROUP_STEPS;
         match due_ns {
             None => {
                 self.light_was_last = false;

@@ -26,8 +26,8 @@ pub const GUEST_CALLS: Rate = Rate { per_second: 8, burst: 256 };
 /// The same where PCs are enrolled: a row of them behind one address.
 pub const ENROLMENT_CALLS: Rate = Rate { per_second: 32, burst: 256 };
 /// Calls of all strangers together: after the server's start everybody is one.
-pub const ALL_STRANGE_CALLS: Rate = Rate { per_second: 64, burst: 4_096 };
-/// Calls with one certificate: an agent waits longer and longer after each that fails.
+pub const ALL_STRANGE_CALLS: Rate = Rate { per_second: 64, burst: 1_024 };
+/// Calls with one certificate from one address: an agent waits longer and longer after each that fails.
 pub const CALLS: Rate = Rate { per_second: 1, burst: 16 };
 /// Heartbeats of one agent: it says one in four seconds.
 pub const HEARTBEATS: Rate = Rate { per_second: 2, burst: 16 };
@@ -62,9 +62,12 @@ pub const LONGEST_QUARANTINE: Duration = Duration::from_secs(3600);
 pub struct Bucket {
     rate: u64,
     burst: u64,
-    /// Up to when the bucket's tokens are spent, boot clock; below now: that many are left.
+    /// Up to when the bucket's tokens are spent, boot clock and [`EARLIER_NS`]; below now: that many are left.
     spent_until_ns: u64,
 }
+
+/// A bucket is full from the first moment on, though the boot clock begins at 0: 146 years.
+const EARLIER_NS: u64 = 1 << 62;
 
 impl Bucket {
     /// A full bucket of `burst` tokens that gets `rate` a second.
@@ -74,6 +77,7 @@ impl Bucket {
 
     /// Takes `cost` tokens; how long to wait before what they are for is done.
     pub fn take(&mut self, cost: u64, now_ns: u64) -> Duration {
+        let now_ns = now_ns.saturating_add(EARLIER_NS);
         let time = |tokens: u64| tokens.saturating_mul(1_000_000_000) / self.rate.max(1);
         let full_ns = now_ns.saturating_sub(time(self.burst));
         self.spent_until_ns = self.spent_until_ns.max(full_ns).saturating_add(time(cost));
@@ -92,6 +96,7 @@ impl Bucket {
 
     /// True when it is as a new one.
     pub fn is_full(&self, now_ns: u64) -> bool {
+        let now_ns = now_ns.saturating_add(EARLIER_NS);
         let time_ns = self.burst.saturating_mul(1_000_000_000) / self.rate.max(1);
         self.spent_until_ns <= now_ns.saturating_sub(time_ns)
     }
@@ -192,6 +197,12 @@ mod tests {
     fn a_bucket_never_holds_more_than_a_burst() {
         let mut bucket = Bucket::new(100, 200);
         assert_eq!(bucket.take(300, 1_000_000 * SECOND), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn a_bucket_is_full_as_soon_as_the_machine_is_up() {
+        assert!(Bucket::new(1, 4_000_000).take(4_000_000, SECOND).is_zero());
+        assert!(Bucket::new(1, 4_000_000).is_full(SECOND));
     }
 
     #[test]

@@ -84,24 +84,29 @@ impl SeatLogs {
     /// [`SeatLogError`]; what was written before it stays, and counts.
     pub fn update(&mut self, conn: &Connection, agent: AgentId) -> Result<bool, SeatLogError> {
         let Some(mut state) = self.state(conn, agent)? else { return Ok(false) };
+        let before = state.log;
         let result = write_new_items(conn, agent, &mut state, &self.zone);
+        if state.log != before || !self.states.contains_key(&agent) {
+            self.unsaved.insert(agent);
+        }
         self.states.insert(agent, state);
-        self.unsaved.insert(agent);
         result
     }
 
     /// Syncs what was written of these seats; how far that is, for [`store::save_seat_log`] and then [`SeatLogs::saved`]. A file that is missing
     /// is written anew; a seat that fails does not keep the others from being saved, and is written again from its last save on
-    /// (see [`SeatLogs::distrust`]): the last [`SeatLogError`], for which a later call makes up.
+    /// (see [`SeatLogs::distrust`]): the last [`SeatLogError`], for which a later call makes up. Seats of which there is more to
+    /// write go into `behind`.
     pub fn synced(
         &mut self,
         conn: &Connection,
         agents: impl IntoIterator<Item = AgentId>,
+        behind: &mut BTreeSet<AgentId>,
     ) -> (Vec<(AgentId, SeatLog)>, Result<(), SeatLogError>) {
         let mut result = Ok(());
         let mut synced = Vec::new();
         for agent in agents {
-            match self.sync(conn, agent) {
+            match self.sync(conn, agent, behind) {
                 Ok(Some(log)) => synced.push((agent, log)),
                 // Without a state there is nothing to save.
                 Ok(None) => {
@@ -109,6 +114,7 @@ impl SeatLogs {
                 }
                 Err(error) => {
                     self.states.remove(&agent);
+                    behind.insert(agent);
                     result = Err(error);
                 }
             }
@@ -121,14 +127,25 @@ impl SeatLogs {
         self.unsaved.retain(|agent| saved.iter().all(|(done, _)| done != agent));
     }
 
-    fn sync(&mut self, conn: &Connection, agent: AgentId) -> Result<Option<SeatLog>, SeatLogError> {
+    fn sync(
+        &mut self,
+        conn: &Connection,
+        agent: AgentId,
+        behind: &mut BTreeSet<AgentId>,
+    ) -> Result<Option<SeatLog>, SeatLogError> {
+        let mut write = |logs: &mut Self| {
+            if logs.update(conn, agent)? {
+                behind.insert(agent);
+            }
+            Ok::<_, SeatLogError>(())
+        };
         if !self.states.contains_key(&agent) {
             // Its last sync failed.
-            self.update(conn, agent)?;
+            write(self)?;
         }
         match self.states.get(&agent).map(State::sync) {
             Some(Err(SeatLogError::Write { source, .. })) if source.kind() == io::ErrorKind::NotFound => {
-                self.update(conn, agent)?;
+                write(self)?;
                 self.states.get(&agent).map(State::sync).transpose()
             }
             result => result.transpose(),
@@ -149,10 +166,15 @@ impl SeatLogs {
         &self.unsaved
     }
 
-    fn state(&self, conn: &Connection, agent: AgentId) -> Result<Option<State>, SeatLogError> {
+    fn state(&mut self, conn: &Connection, agent: AgentId) -> Result<Option<State>, SeatLogError> {
         let Some(known) = store::agent_by_id(conn, agent)? else { return Ok(None) };
         let directory = self.directory.join(known.seat);
         let Some(mut state) = self.states.get(&agent).cloned() else {
+            // A label that a revoked agent had: its log makes room first.
+            let before = self.states.iter().find(|(_, state)| state.directory == directory);
+            if let Some(before) = before.map(|(before, _)| *before) {
+                self.update(conn, before)?;
+            }
             return Ok(Some(State { directory, log: store::seat_log(conn, agent)? }));
         };
         if state.directory != directory {
@@ -256,12 +278,28 @@ mod tests {
     }
 
     fn save(logs: &mut SeatLogs, conn: &Connection) -> Result<(), SeatLogError> {
-        let (synced, result) = logs.synced(conn, logs.unsaved().clone());
+        let (synced, result) = logs.synced(conn, logs.unsaved().clone(), &mut BTreeSet::new());
         for (agent, log) in &synced {
             store::save_seat_log(conn, *agent, *log)?;
         }
         logs.saved(&synced);
         result
+    }
+
+    #[test]
+    fn a_log_that_the_saving_finds_gone_is_written_to_its_end() {
+        let room = Room::new();
+        let mut logs = room.fresh();
+        let most = 3 * PAGE as u64;
+        room.store.append(room.agent, 1, 1..=most);
+        update_all(&mut logs, &room);
+        std::fs::remove_dir_all(room.logs.join("pc-1")).unwrap();
+        let mut behind = BTreeSet::new();
+        let (synced, result) = logs.synced(room.store.conn(), [room.agent], &mut behind);
+        result.unwrap();
+        assert_eq!((synced.len(), behind), (1, BTreeSet::from([room.agent])));
+        update_all(&mut logs, &room);
+        assert_eq!(room.read(LOG), watching(1..=most as u32));
     }
 
     fn watching(numbers: std::ops::RangeInclusive<u32>) -> Vec<String> {

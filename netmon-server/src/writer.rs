@@ -1,8 +1,7 @@
 //! The one thread that writes the store while the server runs: it commits what came within a few milliseconds in
 //! one transaction, and answers only after that commit. Whose work is next is decided in [`crate::lanes`].
 
-use std::collections::BTreeSet;
-use std::ops::Bound::{Excluded, Unbounded};
+use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -14,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::clock::{self, Now};
-use crate::lanes::{GROUP_STEPS, Lanes, PART_NS, Turn};
+use crate::lanes::{COMPANY_NS, GROUP_STEPS, Lanes, PART_NS, Turn};
 use crate::seatlogs::SeatLogs;
 use crate::store::{self, AgentId, Store, StoreError};
 
@@ -236,12 +235,21 @@ struct State {
     saved_ns: i64,
     /// Seats whose logs are behind.
     behind: BTreeSet<AgentId>,
-    /// Of these, the one that was written last.
-    written: Option<AgentId>,
+    /// Seats whose logs are further behind than is written at once: news of the others come first.
+    far_behind: VecDeque<AgentId>,
     /// Seats whose logs are behind because of an error: they are tried again after the next commit.
     stuck: BTreeSet<AgentId>,
     /// Seats whose logs are about to be saved.
     to_save: BTreeSet<AgentId>,
+}
+
+/// What a commit is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Group {
+    /// Light steps, and behind them heavy ones where the disk is slow.
+    Light,
+    /// Heavy steps, for as long as a part of the heavy work.
+    Heavy,
 }
 
 /// What is done in parts while light steps wait for company.
@@ -275,9 +283,9 @@ impl Thread {
         while self.take_in() {
             // Nobody waits for company that cannot come.
             match self.lanes.turn(if self.is_closed { u64::MAX } else { now_ns() }) {
-                Turn::Light => self.commit(Lanes::pop_light, u64::MAX),
+                Turn::Light => self.commit(Group::Light),
                 Turn::Heavy(until_ns) => {
-                    if !self.heavy_part() {
+                    if !self.heavy_part(until_ns.is_some()) {
                         self.wait(until_ns);
                     }
                 }
@@ -285,9 +293,18 @@ impl Thread {
             }
         }
         while self.write_logs() {}
-        self.state.to_save = self.logs.unsaved().clone();
-        while self.save_logs() {}
+        self.save_logs(self.logs.unsaved().clone());
         self.committer.close();
+    }
+
+    /// A sync takes so long that light steps would notice one more of them.
+    fn is_slow(&self) -> bool {
+        self.sync_ns + PART_NS > COMPANY_NS
+    }
+
+    /// How long a part of the heavy work takes: half of the time for the disk, at most.
+    fn part_ns(&self) -> u64 {
+        self.sync_ns.clamp(PART_NS, LONGEST_PART_NS)
     }
 
     /// Takes what has come. False: nothing waits, and nothing can come.
@@ -332,57 +349,65 @@ impl Thread {
         }
     }
 
-    /// Commits steps until there are no more, [`GROUP_STEPS`] are done or this time has passed.
-    fn commit(&mut self, next: fn(&mut Lanes<Option<AgentId>, Job>) -> Option<Job>, time_ns: u64) {
-        let began_ns = now_ns();
-        let mut worked_ns = began_ns;
-        let mut agents = Vec::new();
+    /// Commits a group of steps.
+    fn commit(&mut self, group: Group) {
+        let (part_ns, with_heavy) = (self.part_ns(), group == Group::Heavy || self.is_slow());
+        let (mut first_ns, mut worked_ns) = (None, now_ns());
+        let (mut agents, mut heavy) = (Vec::new(), 0);
         let lanes = &mut self.lanes;
         let steps = std::iter::from_fn(|| {
             worked_ns = now_ns();
-            if agents.len() >= GROUP_STEPS || worked_ns.saturating_sub(began_ns) >= time_ns {
+            let began_ns = *first_ns.get_or_insert(worked_ns);
+            if agents.len() >= GROUP_STEPS {
                 return None;
             }
-            let job = next(lanes)?;
+            let light = if group == Group::Light { lanes.pop_light() } else { None };
+            let job = light.or_else(|| {
+                // One at least, however long it took to begin.
+                let has_time = heavy == 0 || worked_ns.saturating_sub(began_ns) < part_ns;
+                let job = if with_heavy && has_time { lanes.pop_heavy() } else { None };
+                heavy += usize::from(job.is_some());
+                job
+            })?;
             agents.push(job.agent);
             Some(job.work)
         });
-        match self.committer.commit(steps) {
-            Ok(answers) => {
-                self.sync_ns = now_ns().saturating_sub(worked_ns);
-                answers.into_iter().for_each(|answer| answer());
-                if std::mem::take(&mut self.state.store_fails) {
-                    tracing::info!("the store takes records again");
-                    // They are on the same disk.
-                    self.state.behind.extend(self.logs.distrust());
-                }
-                self.state.behind.append(&mut self.state.stuck);
-                self.state.behind.extend(agents.into_iter().flatten());
+        let result = self.committer.commit(steps);
+        if let Err(error) = &result {
+            self.failed(error);
+            // Those who did not have their turn are told, too; they come again.
+            while let Some(job) = self.lanes.pop_light().or_else(|| self.lanes.pop_heavy()) {
+                agents.push(job.agent);
             }
-            Err(error) => {
-                self.failed(&error);
-                // Those who did not have their turn are told, too; they come again.
-                while next(&mut self.lanes).is_some() {}
+        }
+        // Where the store does not have it, there is nothing to write. But it may have what an earlier group brought.
+        self.state.behind.append(&mut self.state.stuck);
+        self.state.behind.extend(agents.into_iter().flatten());
+        if let Ok(answers) = result {
+            self.sync_ns = now_ns().saturating_sub(worked_ns);
+            answers.into_iter().for_each(|answer| answer());
+            if std::mem::take(&mut self.state.store_fails) {
+                tracing::info!("the store takes records again");
+                // They are on the same disk.
+                self.state.behind.extend(self.logs.distrust());
             }
         }
     }
 
-    /// Does some of the heavy work. False: there is none.
-    fn heavy_part(&mut self) -> bool {
+    /// Does some of the heavy work. False: there is none. `others_wait`: light steps, for their company.
+    fn heavy_part(&mut self, others_wait: bool) -> bool {
         for _ in 0..3 {
             self.chore = self.chore.next();
             let is_done = match self.chore {
+                // On a slow disk they are done with the light ones.
+                Chore::Steps if others_wait && self.is_slow() => false,
                 Chore::Steps if self.lanes.has_heavy() => {
-                    // Half of the time for the disk, at most.
-                    self.commit(Lanes::pop_heavy, self.sync_ns.clamp(PART_NS, LONGEST_PART_NS));
+                    self.commit(Group::Heavy);
                     true
                 }
                 Chore::Steps => false,
                 Chore::Logs => self.write_logs(),
-                Chore::Save => {
-                    self.begin_to_save();
-                    self.save_logs()
-                }
+                Chore::Save => self.save_some_logs(),
             };
             if is_done {
                 return true;
@@ -412,60 +437,60 @@ impl Thread {
             Err(error) => tracing::warn!(error = %error, "cannot look for logs that are behind"),
         }
         while self.write_logs() {}
-        self.state.to_save = self.logs.unsaved().clone();
-        while self.save_logs() {}
+        self.save_logs(self.logs.unsaved().clone());
     }
 
     /// Some of the logs that are behind. False: none is.
     fn write_logs(&mut self) -> bool {
+        let time_ns = self.part_ns();
         let Some(store) = self.committer.store() else { return false };
         let began_ns = now_ns();
-        let State { behind, written, stuck, .. } = &mut self.state;
-        if behind.is_empty() {
-            return false;
-        }
-        let mut failure = None;
-        while now_ns().saturating_sub(began_ns) < PART_NS {
-            // In turns.
-            let after = written.and_then(|last| behind.range((Excluded(last), Unbounded)).next().copied());
-            let Some(agent) = after.or_else(|| behind.first().copied()) else { break };
-            *written = Some(agent);
+        let State { behind, far_behind, stuck, .. } = &mut self.state;
+        let (mut failure, mut is_done) = (None, false);
+        while now_ns().saturating_sub(began_ns) < time_ns {
+            let Some(agent) = behind.pop_first().or_else(|| far_behind.pop_front()) else { break };
+            is_done = true;
             match self.logs.update(store.conn(), agent) {
-                Ok(true) => {}
-                Ok(false) => {
-                    behind.remove(&agent);
-                }
+                Ok(true) if far_behind.contains(&agent) => {}
+                Ok(true) => far_behind.push_back(agent),
+                Ok(false) => {}
                 Err(error) => {
-                    behind.remove(&agent);
                     stuck.insert(agent);
                     failure = Some(error);
                 }
             }
         }
-        if failure.is_some() || stuck.is_empty() {
+        let all_are_there = behind.is_empty() && far_behind.is_empty() && stuck.is_empty();
+        if failure.is_some() || is_done && all_are_there {
             self.note_logs(failure);
         }
-        true
+        is_done
     }
 
-    /// When it is time, all that was written is to be saved.
-    fn begin_to_save(&mut self) {
+    /// When it is time, saves how far the logs are, of some seats at once. False: it is not time.
+    fn save_some_logs(&mut self) -> bool {
         let now = clock::wall_ns();
         if self.state.to_save.is_empty() && now.abs_diff(self.state.saved_ns) >= SAVE_EVERY_NS {
             self.state.to_save = self.logs.unsaved().clone();
             self.state.saved_ns = now;
         }
+        let mut some = BTreeSet::new();
+        while some.len() < SAVED_AT_ONCE
+            && let Some(agent) = self.state.to_save.pop_first()
+        {
+            some.insert(agent);
+        }
+        let is_time = !some.is_empty();
+        if is_time {
+            self.save_logs(some);
+        }
+        is_time
     }
 
-    /// Saves how far some of the logs are. False: none is to be saved.
-    fn save_logs(&mut self) -> bool {
-        let Some(store) = self.committer.store() else { return false };
-        let some: Vec<_> = self.state.to_save.iter().take(SAVED_AT_ONCE).copied().collect();
-        if some.is_empty() {
-            return false;
-        }
-        self.state.to_save.retain(|agent| !some.contains(agent));
-        let (synced, result) = self.logs.synced(store.conn(), some);
+    /// Saves how far the logs of these seats are.
+    fn save_logs(&mut self, agents: BTreeSet<AgentId>) {
+        let Some(store) = self.committer.store() else { return };
+        let (synced, result) = self.logs.synced(store.conn(), agents, &mut self.state.behind);
         let places = synced.as_slice();
         let save = |conn: &Connection| {
             places.iter().try_for_each(|(agent, log)| store::save_seat_log(conn, *agent, *log))
@@ -478,7 +503,6 @@ impl Thread {
         if let Err(error) = result {
             self.note_logs(Some(error));
         }
-        true
     }
 
     fn note_logs(&mut self, failure: Option<crate::seatlogs::SeatLogError>) {

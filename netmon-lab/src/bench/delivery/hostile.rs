@@ -55,12 +55,12 @@ impl Situation {
 }
 
 /// The most memory that the server may take with so many agents connected, in bytes, by the limits in its source: batches
-/// that are unpacked (64 of 1 MiB, as one piece and as records, `netmon-server/src/collector.rs`), what waits for its
+/// that are unpacked (128 of 256 KiB, as one piece and as records, `netmon-server/src/collector.rs`), what waits for its
 /// handshake (16 MiB of packets, 1,024 handshakes of at most 64 KiB, `tls.rs`), for each connection the windows of both
 /// directions and a frame (512, 512 and 256 KiB), and 32 MiB for the program, its threads and SQLite.
 pub const fn memory_bound(connections: u64) -> u64 {
     const MIB: u64 = 1 << 20;
-    2 * 64 * MIB + 16 * MIB + 1_024 * 64 * 1_024 + connections * (512 + 512 + 256) * 1_024 + 32 * MIB
+    2 * 128 * MIB / 4 + 16 * MIB + 1_024 * 64 * 1_024 + connections * (512 + 512 + 256) * 1_024 + 32 * MIB
 }
 
 /// A server, a good agent and hostile ones.
