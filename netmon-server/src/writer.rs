@@ -221,7 +221,8 @@ struct Thread {
     lanes: Lanes<Option<AgentId>, Job>,
     /// Nobody can bring more.
     is_closed: bool,
-    /// How long the sync of the last commit took.
+    /// How long the syncs of the last commits took: an average in which the newest counts a quarter. One in many brings the
+    /// log into the store and takes longer.
     sync_ns: u64,
     /// The heavy work that was done last.
     chore: Chore,
@@ -384,7 +385,8 @@ impl Thread {
         self.state.behind.append(&mut self.state.stuck);
         self.state.behind.extend(agents.into_iter().flatten());
         if let Ok(answers) = result {
-            self.sync_ns = now_ns().saturating_sub(worked_ns);
+            let sync_ns = now_ns().saturating_sub(worked_ns);
+            self.sync_ns = self.sync_ns - self.sync_ns / 4 + sync_ns / 4;
             answers.into_iter().for_each(|answer| answer());
             if std::mem::take(&mut self.state.store_fails) {
                 tracing::info!("the store takes records again");
