@@ -134,10 +134,10 @@ impl Quic {
 
     /// Memory that it holds.
     pub fn held(&self) -> usize {
-        self.connections.iter().map(|connection| connection.crypto.held() + size_of::<Connection>()).sum()
+        self.connections.iter().map(Connection::held).sum()
     }
 
-    /// Index of the connection that the packet belongs to.
+    /// An Initial packet, of whichever connection it is.
     fn initial(&mut self, packet: &Packet<'_>) -> Read<Hello> {
         for connection in self.connections.iter_mut().rev() {
             if let Some(read) = connection.open(packet) {
@@ -147,7 +147,9 @@ impl Quic {
         if self.connections.iter().any(|connection| connection.id == packet.id) {
             return Read::Not;
         }
-        let mut connection = Connection { id: packet.id.to_vec(), ..Connection::default() };
+        // Room for one: versions change seldom.
+        let keys = Vec::with_capacity(1);
+        let mut connection = Connection { id: packet.id.to_vec(), keys, ..Connection::default() };
         let Some(read) = connection.open(packet) else { return Read::Not };
         if self.connections.len() >= MOST_CONNECTIONS {
             self.connections.remove(0);
@@ -169,6 +171,10 @@ struct Connection {
 }
 
 impl Connection {
+    fn held(&self) -> usize {
+        size_of::<Self>() + self.keys.capacity() * size_of::<(u32, Suite, Keys)>() + self.crypto.held()
+    }
+
     /// `None`: the packet is none of this connection.
     fn open(&mut self, packet: &Packet<'_>) -> Option<Read<Hello>> {
         let known = self.keys.iter().find(|(version, ..)| *version == packet.version);
@@ -391,5 +397,94 @@ impl<'a> Bytes<'a> {
         let first = *self.0.first()?;
         let bytes = self.take(1 << (first >> 6))?;
         Some(bytes[1..].iter().fold(u64::from(first & 0x3f), |number, byte| number << 8 | u64::from(*byte)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::names::gquic::tests::chlo;
+
+    /// An Initial packet with these frames.
+    fn sealed(version: u32, suite: &Suite, frames: &[u8]) -> Vec<u8> {
+        let id = b"\x01\x02\x03\x04\x05\x06\x07\x08";
+        let keys = Keys::of_client(suite, id).unwrap();
+        let first = if suite.is_v2 { 0xd3 } else { 0xc3 };
+        let length = (frames.len() + 4 + 16) as u16 | 0x4000;
+        let front = [&[first], &version.to_be_bytes()[..], &[8], id, &[0, 0], &length.to_be_bytes()].concat();
+        let mut header = [&front[..], &[0, 0, 0, 9]].concat();
+        let mut nonce = keys.iv;
+        nonce[11] ^= 9;
+        let mut payload = frames.to_vec();
+        let nonce = Nonce::assume_unique_for_key(nonce);
+        keys.packet.seal_in_place_append_tag(nonce, Aad::from(&header), &mut payload).unwrap();
+        let mask = keys.header.new_mask(&payload[..16]).unwrap();
+        header[0] ^= mask[0] & 0x0f;
+        header[front.len()..].iter_mut().zip(&mask[1..]).for_each(|(byte, mask)| *byte ^= mask);
+        [header, payload].concat()
+    }
+
+    #[test]
+    fn every_version_in_use_is_opened_with_its_own_keys() {
+        let extensions = b"\0\0\0\x10\0\x0e\0\0\x0bexample.org";
+        let body =
+            [b"\x03\x03", &[7; 32][..], b"\0\0\x02\x13\x01\x01\0\0", &[extensions.len() as u8], extensions]
+                .concat();
+        let hello = [&[1, 0, 0, body.len() as u8][..], &body].concat();
+        let frame = |kind: u8, message: &[u8]| {
+            [&[kind, 0], &(message.len() as u16 | 0x4000).to_be_bytes()[..], message, &[0; 30]].concat()
+        };
+        for (version, suite) in [
+            (1, V1),
+            (0x6b33_43cf, V2),
+            (0x709a_50c4, V2_DRAFT),
+            (0xff00_0016, DRAFT_22),
+            (0xff00_0017, DRAFT_23),
+            (0xff00_001c, DRAFT_23),
+            (0xff00_001d, DRAFT_29),
+            (0xff00_0020, DRAFT_29),
+            (0xff00_0021, V1),
+            (0xface_b001, DRAFT_22),
+            (0xface_b002, DRAFT_23),
+            (0xface_b00e, DRAFT_29),
+            (0x1a2a_3a4a, V1),
+            (0x5430_3530, T050),
+            (0x5430_3531, T051),
+            (0x5130_3530, Q050),
+        ] {
+            let frames = match suite {
+                Q050 => frame(8, &chlo("example.org")),
+                _ => frame(if suite.is_google { 8 } else { 6 }, &hello),
+            };
+            let packet = sealed(version, &suite, &frames);
+            assert!(is_quic(&packet));
+            let Read::Done(hello) = Quic::default().datagram(&packet) else { panic!("{version:08x}") };
+            assert_eq!(hello.name, Some("example.org".into()), "{version:08x}");
+            let other = if suite == DRAFT_23 { DRAFT_22 } else { DRAFT_23 };
+            if suites(version).len() == 1 {
+                let packet = sealed(version, &Suite { is_v2: suite.is_v2, ..other }, &frames);
+                assert_eq!(Quic::default().datagram(&packet).name(), None, "{version:08x}");
+            }
+        }
+        assert!(!is_quic(&sealed(0x0000_0002, &V1, &frame(6, &hello))), "an unknown version");
+    }
+
+    impl Read<Hello> {
+        fn name(self) -> Option<netmon_common::raw::Raw> {
+            match self {
+                Self::Done(hello) | Self::More(Some(hello)) => hello.name,
+                _ => None,
+            }
+        }
+    }
+
+    #[test]
+    fn packet_numbers_are_completed_as_the_rfc_has_it() {
+        // RFC 9000, appendix A.3.
+        assert_eq!(packet_number(Some(0xa82f_30ea), 0x9b32, 16), 0xa82f_9b32);
+        assert_eq!(packet_number(None, 7, 8), 7);
+        assert_eq!(packet_number(Some(254), 0, 8), 256);
+        assert_eq!(packet_number(Some(256), 0xff, 8), 255);
+        assert_eq!(packet_number(Some(u64::from(u32::MAX)), 0, 32), 1 << 32);
     }
 }

@@ -578,6 +578,24 @@ fn what_is_half_read_is_bounded_and_counted() {
 }
 
 #[test]
+fn quic_flows_that_begin_again_and_again_are_bounded() {
+    let mut namer = Namer::default();
+    let message = large_hello("www.example.org", 0);
+    for n in 0..1_500u16 {
+        let flow = FlowId { local: SocketAddr::new(LOCAL, n / 30), ..udp() };
+        let id = [&[7; 6][..], &n.to_be_bytes()].concat();
+        // The end first, as far out as it goes.
+        let far = [&[6], &number(MOST_BYTES / 2)[..], &number(600), &message[..600]].concat();
+        namer.take(&sent(flow, 0, &initial(Version::V1, &id, &id, 0, &far)));
+        let (flows, held) = namer.holds();
+        // Four connections each: a stream of at most twice that, and keys.
+        assert!(held <= flows * 4 * (MOST_BYTES + 4_096), "{flows} flows hold {held}");
+    }
+    assert_eq!(namer.holds().0, 50);
+    assert!(namer.holds().1 > 50 * 4 * MOST_BYTES / 2);
+}
+
+#[test]
 fn samples_at_the_edges_of_everything_are_survived() {
     let mut namer = Namer::default();
     for seq in
