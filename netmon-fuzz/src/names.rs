@@ -27,6 +27,11 @@ fn flow(protocol: u8, local: u16, remote: u16) -> FlowId {
 /// is; its payload with its length in front. Names are names of hosts, in lower case; what is half read is bounded, and gone in
 /// the end.
 pub fn tcp(data: &[u8]) {
+    heard_over_tcp(data);
+}
+
+fn heard_over_tcp(data: &[u8]) -> Vec<Raw> {
+    let mut heard = Vec::new();
     let mut input = Input(data);
     let mut namer = Namer::default();
     let mut at_ns = 1;
@@ -37,14 +42,20 @@ pub fn tcp(data: &[u8]) {
         let seq = u32::from(input.u16()).wrapping_sub(0x100);
         let (flow, sent) = (flow(IPPROTO_TCP, 40_000, port), how & 4 != 0);
         namer.take(&Sample { flow, sent, seq, at_ns, bytes: input.block() });
-        check(&mut namer);
+        check(&mut namer, &mut heard);
     }
-    end(namer, at_ns);
+    end(namer, at_ns, &mut heard);
+    heard
 }
 
 /// Datagrams of some UDP flows: a byte that says which flow (two bits), which direction, and if the payload is what is in an
 /// Initial packet of QUIC 1 or 2, which is then protected as it should be; its payload with its length in front. As for TCP.
 pub fn udp(data: &[u8]) {
+    heard_over_udp(data);
+}
+
+fn heard_over_udp(data: &[u8]) -> Vec<Raw> {
+    let mut heard = Vec::new();
     let mut input = Input(data);
     let mut namer = Namer::default();
     let mut number = 0;
@@ -66,9 +77,10 @@ pub fn udp(data: &[u8]) {
             }
         };
         namer.take(&Sample { flow, sent, seq: 0, at_ns: 1, bytes: &bytes });
-        check(&mut namer);
+        check(&mut namer, &mut heard);
     }
-    end(namer, 1);
+    end(namer, 1, &mut heard);
+    heard
 }
 
 /// Questions and answers, each with its length in front, and a name of a list of domains between them. What an answer gives to
@@ -117,27 +129,30 @@ pub fn dns(data: &[u8]) {
             Err(error) => assert!(!error.to_string().contains(['\n', '\u{1b}'])),
         }
     }
-    end(namer, 1);
+    end(namer, 1, &mut Vec::new());
 }
 
 fn is_host(name: &Raw) {
     assert_eq!(host(name.as_bytes()).as_ref(), Some(name));
 }
 
-fn check(namer: &mut Namer) {
-    while let Some(heard) = namer.poll_heard() {
-        is_host(&heard.site.name);
+/// Names of flows and of neighbours, in the order in which they are heard.
+fn check(namer: &mut Namer, heard: &mut Vec<Raw>) {
+    while let Some(said) = namer.poll_heard() {
+        is_host(&said.site.name);
+        heard.push(said.site.name);
     }
     while let Some(neighbour) = namer.poll_neighbour() {
         assert!(!neighbour.name.is_empty());
+        heard.push(neighbour.name);
     }
     let (flows, held) = namer.holds();
     assert!(flows <= Namer::MOST_FLOWS && held <= Namer::MOST_HELD);
 }
 
-fn end(mut namer: Namer, at_ns: u64) {
+fn end(mut namer: Namer, at_ns: u64, heard: &mut Vec<Raw>) {
     namer.handle_timeout(at_ns + Namer::FORGET_NS);
-    check(&mut namer);
+    check(&mut namer, heard);
     assert_eq!(namer.holds(), (0, 0));
 }
 
@@ -161,4 +176,32 @@ pub(crate) fn protected(version: Version, id: &[u8], to: &[u8], number: u32, fra
     let (front, number) = header.split_at_mut(front.len());
     keys.local.header.encrypt_in_place(&payload[..16], &mut front[0], number).expect("an own header");
     [header, payload].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seeds;
+
+    #[test]
+    fn the_seeds_say_names() {
+        let tcp: Vec<_> = seeds::names_tcp().iter().map(|seed| heard_over_tcp(seed)).collect();
+        let www = || vec![Raw::from("www.example.org")];
+        let expected = [www(), www(), www(), www(), www(), www(), vec!["proxied.example".into()]];
+        assert_eq!(tcp[..7], expected);
+        assert_eq!(tcp[7..], [vec!["cloudflare-ech.com".into()], vec![]]);
+        let udp: Vec<_> = seeds::names_udp().iter().map(|seed| heard_over_udp(seed)).collect();
+        let quic = || vec![Raw::from("quic.example.org")];
+        assert_eq!(udp[..6], [quic(), quic(), quic(), quic(), quic(), quic()]);
+        let pc = || vec![Raw::from("pc-23")];
+        let expected = [www(), www(), vec!["a.org".into()], vec!["pc-23.local".into()], pc(), vec![]];
+        assert_eq!(udp[6..], expected);
+        for (seed, addresses) in seeds::dns().iter().zip([1, 2, 0]) {
+            let mut input = Input(seed);
+            let (_, answer) = (input.block(), input.block());
+            let answer = Message::read(answer).expect("a message");
+            assert_eq!(answer.addresses.len(), addresses, "{answer:?}");
+            assert_eq!(answer.fronts.len(), addresses / 2);
+        }
+    }
 }

@@ -852,7 +852,7 @@ pub fn dns() -> Vec<Vec<u8>> {
     https[2..8].copy_from_slice(b"\x81\x80\0\x01\0\x01");
     // Priority 1, the owner itself; hints of both families; an ECH configuration with its public name.
     let ech =
-        [b"\0\x27\xfe\x0d\0\x23\x09\0\x20\0\x04aaaa\0\x04\0\x01\0\x01\0", &[13][..], b"front.example\0\0"]
+        [b"\0\x24\xfe\x0d\0\x20\x09\0\x20\0\x04aaaa\0\x04\0\x01\0\x01\0", &[13][..], b"front.example\0\0"]
             .concat();
     let value = [
         b"\0\x01\0\0\x04\0\x04\xcb\0\x71\x06\0\x05",
