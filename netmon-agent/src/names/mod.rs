@@ -186,10 +186,6 @@ impl Namer {
                     known.said = Said::All(sample.seq);
                 }
             }
-            Step::SoFar { name, source } => {
-                known.so_far = Some(self.site(name, source, false));
-                want = Want::More;
-            }
             Step::More | Step::Never => want = Want::More,
             Step::Nameless => {
                 self.counts.nameless += 1;
@@ -431,11 +427,6 @@ enum Step {
         has_ech: bool,
         is_whole: bool,
     },
-    /// A name, if nothing else follows.
-    SoFar {
-        name: Raw,
-        source: NameSource,
-    },
     /// This side will never say a name.
     Never,
     /// Nobody will.
@@ -518,15 +509,14 @@ impl Tcp {
         }
         if http::is_request(beginning) || http::may_be_request(beginning) {
             return match http::in_request(beginning) {
-                Read::Done(http::Request { name: Some(name), .. }) => {
+                // What follows a Host can only make the request a bad one.
+                Read::Done(http::Request { name: Some(name), .. })
+                | Read::More(Some(http::Request { name: Some(name), .. })) => {
                     Step::Name { name, source: NameSource::Http, has_ech: false, is_whole: true }
                 }
                 // A tunnel to an address: what it is for follows.
                 Read::Done(http::Request { is_tunnel: true, .. }) => self.start_anew(),
                 Read::Done(_) => Step::Nameless,
-                Read::More(Some(http::Request { name: Some(name), .. })) => {
-                    Step::SoFar { name, source: NameSource::Http }
-                }
                 Read::More(_) => Step::More,
                 Read::Not => Step::Never,
             };
