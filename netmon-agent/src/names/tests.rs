@@ -10,6 +10,7 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, Side};
 
 use super::dns::Answers;
 use super::gquic::tests::chlo;
+use super::stream::MOST_BYTES;
 use super::*;
 
 const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 17));
