@@ -1,7 +1,7 @@
 //! Names of addresses, from answers of the domain name system (RFC 1035, 9460).
 //!
-//! Messages are read record by record with hickory-proto: what stands in front of a record that cannot be read still counts, and
-//! dhcproto, which reads DHCP, brings it anyway.
+//! Messages are read record by record with hickory-proto, so what stands in front of a record that cannot be read still counts;
+//! simple-dns takes messages as a whole only.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

@@ -822,21 +822,13 @@ mod dns_messages {
 
     #[test]
     fn a_dhcp_request_names_who_sends_it() {
-        use dhcproto::{Encodable, v4};
         use netmon_common::model::NeighbourSource;
         let mut namer = Namer::default();
-        let mut message = v4::Message::new_with_id(
-            1,
-            Ipv4Addr::UNSPECIFIED,
-            Ipv4Addr::UNSPECIFIED,
-            Ipv4Addr::UNSPECIFIED,
-            Ipv4Addr::UNSPECIFIED,
-            &[2, 0, 0, 0, 0, 9],
-        );
-        message.opts_mut().insert(v4::DhcpOption::MessageType(v4::MessageType::Request));
-        message.opts_mut().insert(v4::DhcpOption::RequestedIpAddress(Ipv4Addr::new(10, 77, 0, 9)));
-        message.opts_mut().insert(v4::DhcpOption::Hostname("Student's Laptop".into()));
-        let bytes = message.to_vec().unwrap();
+        // Operation, hardware, its length; the hardware's address; magic, request, requested address, host name.
+        let mut bytes = vec![0; 236];
+        bytes[..3].copy_from_slice(&[1, 1, 6]);
+        bytes[28..34].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
+        bytes.extend(b"\x63\x82\x53\x63\x35\x01\x03\0\x32\x04\x0a\x4d\0\x09\x0c\x10Student's Laptop\xff");
         let flow = FlowId {
             local: "255.255.255.255:67".parse().unwrap(),
             remote: "0.0.0.0:68".parse().unwrap(),
@@ -850,8 +842,18 @@ mod dns_messages {
             source: NeighbourSource::Dhcp,
         };
         assert_eq!(namer.poll_neighbour(), Some(expected));
-        for end in 0..bytes.len() {
+        for end in 0..bytes.len() - 1 {
             namer.take(&received(flow, 0, &bytes[..end]));
         }
+        assert_eq!(namer.poll_neighbour(), None);
+        // Renewing, it says the address that it has.
+        bytes[12..16].copy_from_slice(&[10, 77, 0, 8]);
+        bytes[244] = 0x7f;
+        namer.take(&received(flow, 0, &bytes));
+        assert_eq!(namer.poll_neighbour().unwrap().address, IpAddr::from([10, 77, 0, 8]));
+        // An offer is the server's word.
+        bytes[242] = 2;
+        namer.take(&received(flow, 0, &bytes));
+        assert_eq!(namer.poll_neighbour(), None);
     }
 }
