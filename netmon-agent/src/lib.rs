@@ -1,6 +1,6 @@
 //! The agent: watches one PC.
 //!
-//! Pure rooms decide, told the time and doing no I/O: [`flows`], [`transfers`], [`ledger`], [`pace`], `usb::devices`,
+//! Pure rooms decide, told the time and doing no I/O: [`flows`], [`transfers`], [`ledger`], [`pace`], [`names`], `usb::devices`,
 //! `spool::format`. Thin shells do I/O: [`kernel`], [`links`], [`usb`], [`spool`], [`uplink`], [`journal`].
 //! [`run`] waits for them all, [`watch`] moves data between them.
 
@@ -15,6 +15,7 @@ pub mod journal;
 pub mod kernel;
 pub mod ledger;
 pub mod links;
+pub mod names;
 pub mod pace;
 pub mod privileges;
 pub mod recorder;

@@ -10,6 +10,7 @@
 
 mod class;
 mod usb;
+mod who;
 
 use std::fmt::{self, Display, Formatter};
 
@@ -31,6 +32,7 @@ pub fn is_usb(event: &Event) -> bool {
         Event::DevicePresent(_) | Event::DeviceAdded(_) | Event::DeviceRemoved(_) => true,
         Event::UsbFunction(_) | Event::UsbVolume(_) | Event::UsbFile(_) | Event::UsbFilesUnseen(_) => true,
         Event::TransferOverUsb(_) => true,
+        Event::NamedTransfer(named) => named.over_usb,
         Event::Transfer(transfer) => transfer.channel == Channel::Usb,
         Event::Gap(gap) => matches!(
             gap.reason,
@@ -65,8 +67,15 @@ fn sentence(record: &Record, zone: &TimeZone) -> String {
         Event::DevicePresent(device) => format!("USB device present: {}", Device(device)),
         Event::DeviceAdded(device) => format!("USB device added: {}", Device(device)),
         Event::DeviceRemoved(device) => format!("USB device removed: {}", Device(device)),
-        Event::Transfer(transfer) => transfer_sentence(record.run, transfer, "", zone),
-        Event::TransferOverUsb(transfer) => transfer_sentence(record.run, transfer, " over USB", zone),
+        Event::Transfer(transfer) => transfer_sentence(record.run, transfer, false, "", zone),
+        Event::TransferOverUsb(transfer) => transfer_sentence(record.run, transfer, true, "", zone),
+        Event::NamedTransfer(named) => {
+            let shares = who::Shares(named).to_string();
+            transfer_sentence(record.run, &named.transfer, named.over_usb, &shares, zone)
+        }
+        Event::Login(login) => who::login_sentence(login),
+        Event::NamesCoverage(coverage) => who::coverage_sentence(coverage),
+        Event::Neighbour(neighbour) => who::neighbour_sentence(neighbour),
         Event::UsbFunction(function) => usb::function_sentence(function),
         Event::UsbVolume(volume) => usb::volume_sentence(volume),
         Event::UsbFile(file) => usb::file_sentence(file),
@@ -102,8 +111,9 @@ fn hook(hook: Hook) -> &'static str {
     }
 }
 
-/// `way` is how the packets left, where that is worth a word.
-fn transfer_sentence(run: u32, t: &Transfer, way: &str, zone: &TimeZone) -> String {
+/// `who_had_it` stands behind what is known without names.
+fn transfer_sentence(run: u32, t: &Transfer, over_usb: bool, who_had_it: &str, zone: &TimeZone) -> String {
+    let way = if over_usb { " over USB" } else { "" };
     let channel = match t.channel {
         Channel::Usb => "USB",
         Channel::Lan => "LAN",
@@ -129,11 +139,11 @@ fn transfer_sentence(run: u32, t: &Transfer, way: &str, zone: &TimeZone) -> Stri
             let interface =
                 if t.interface.is_empty() { String::new() } else { format!(", {}", t.interface.escaped()) };
             format!(
-                "{channel} transfer started{way}: {who}{opened}{interface}, first at {} {id}",
+                "{channel} transfer started{way}: {who}{opened}{interface}, first at {}{who_had_it} {id}",
                 time(t.first_wall_ns, zone)
             )
         }
-        Phase::Progress => format!("{channel} transfer goes on{way}: {who}, {} {id}", Moved(t)),
+        Phase::Progress => format!("{channel} transfer goes on{way}: {who}, {}{who_had_it} {id}", Moved(t)),
         Phase::Ended(reason) => {
             let reason = match reason {
                 EndReason::Silence => "",
@@ -141,7 +151,7 @@ fn transfer_sentence(run: u32, t: &Transfer, way: &str, zone: &TimeZone) -> Stri
                 EndReason::DeviceRemoved => ", cut off: the device is gone",
             };
             format!(
-                "{channel} transfer ended{way}: {who}, {}, last at {}{reason} {id}",
+                "{channel} transfer ended{way}: {who}, {}, last at {}{reason}{who_had_it} {id}",
                 Moved(t),
                 time(t.last_wall_ns, zone)
             )

@@ -5,6 +5,7 @@
 //! `boot` are nanoseconds of its boot clock (`CLOCK_BOOTTIME`: goes on in suspend, cannot be set).
 
 mod usb;
+mod who;
 
 use std::net::IpAddr;
 
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::raw::Raw;
 
 pub use usb::*;
+pub use who::*;
 
 /// Longest encoded record, in bytes. A record of the largest event is well below; see the test.
 pub const MAX_RECORD: usize = 16 * 1024;
@@ -107,12 +109,13 @@ impl RecordHead {
 
 impl Event {
     /// Kinds that this version knows.
-    const KINDS: u32 = 18;
+    const KINDS: u32 = 22;
 
     /// The transfer, whatever its way.
     pub fn transfer(&self) -> Option<&Transfer> {
         match self {
             Self::Transfer(transfer) | Self::TransferOverUsb(transfer) => Some(transfer),
+            Self::NamedTransfer(named) => Some(&named.transfer),
             _ => None,
         }
     }
@@ -158,6 +161,14 @@ pub enum Event {
     UsbFilesUnseen(UsbFilesUnseen),
     /// As [`Event::Transfer`], on an interface that is a USB adapter, phone or modem.
     TransferOverUsb(Transfer),
+    /// As [`Event::Transfer`], with what is known of who had it.
+    NamedTransfer(Box<NamedTransfer>),
+    /// Somebody logged in or out.
+    Login(Login),
+    /// "Still listening": what of names and programs was lost.
+    NamesCoverage(NamesCoverage),
+    /// Who a host of the private network is.
+    Neighbour(Neighbour),
 }
 
 /// Who watches, where.
@@ -508,9 +519,51 @@ mod tests {
             program: long.clone(),
             pid: u32::MAX,
             uid: Some(u32::MAX),
-            user: long,
+            user: long.clone(),
+        };
+        let program = Program {
+            name: long.clone(),
+            path: long.clone(),
+            command: long.clone(),
+            pid: u32::MAX,
+            started_ns: u64::MAX,
+            uid: u32::MAX,
+            user: long.clone(),
+            session: Some(u32::MAX),
+            cgroup: long.clone(),
+        };
+        let site = Site { name: long.clone(), source: NameSource::Quic, is_front: true, age_ms: u32::MAX };
+        let most = Traffic {
+            tx_bytes: u64::MAX,
+            rx_bytes: u64::MAX,
+            tx_payload: u64::MAX,
+            rx_payload: u64::MAX,
+            tx_packets: u64::MAX,
+            rx_packets: u64::MAX,
+        };
+        let named = NamedTransfer {
+            transfer: Transfer {
+                id: u64::MAX,
+                phase: Phase::Ended(EndReason::Silence),
+                channel: Channel::Internet,
+                counterpart: Counterpart::Host(IpAddr::from([0xff; 16])),
+                services: vec![Service::Quic(u16::MAX); Transfer::MAX_SERVICES],
+                opened: Opened::Here,
+                interface: long.clone(),
+                first_wall_ns: i64::MIN,
+                last_wall_ns: i64::MIN,
+                traffic: most,
+            },
+            over_usb: true,
+            shares: vec![
+                Share { site: Some(site), program: Some(program), traffic: most };
+                NamedTransfer::MAX_SHARES
+            ],
+            rest: most,
+            seated: vec![long.clone(); NamedTransfer::MAX_SEATED],
         };
         for event in [
+            Event::NamedTransfer(Box::new(named)),
             Event::DeviceAdded(device),
             Event::Coverage(coverage),
             Event::UsbFunction(function),
@@ -535,7 +588,14 @@ mod tests {
             last_wall_ns: 0,
             traffic: Traffic::default(),
         };
-        let known = record(Event::TransferOverUsb(transfer)).to_bytes().unwrap();
+        assert_eq!(RecordHead::of_newer(&record(Event::TransferOverUsb(transfer)).to_bytes().unwrap()), None);
+        let neighbour = Neighbour {
+            address: IpAddr::from([10, 0, 0, 1]),
+            mac: None,
+            name: "pc".into(),
+            source: NeighbourSource::Mdns,
+        };
+        let known = record(Event::Neighbour(neighbour)).to_bytes().unwrap();
         assert_eq!(RecordHead::of_newer(&known), None);
         // The kind stands behind the four numbers.
         let kind = postcard::to_stdvec(&(u64::MAX, u32::MAX, u64::MAX, i64::MIN)).unwrap().len();

@@ -14,6 +14,7 @@
 //! * [`packet`]: the kernel programs' parser, built for the host
 //! * [`usb`], [`mounts`]: udev's messages, disks' counters, the list of mounts
 //! * [`usb_files`]: the kernel's file events, and what is made of them
+//! * [`names`]: what flows say first
 //! * [`files`]: `ip.txt`, `agent.toml`
 
 pub mod files;
@@ -21,6 +22,7 @@ mod frame;
 mod input;
 pub mod kernel;
 pub mod mounts;
+pub mod names;
 pub mod packet;
 // Its comments speak to those who read it in its own crate.
 #[path = "../../netmon-ebpf/src/parse.rs"]
@@ -45,15 +47,18 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 20] = [
     Target { name: "batch", run: wire::batch, seeds: seeds::batch },
     Target { name: "config", run: files::config, seeds: seeds::config },
     Target { name: "csr", run: server::csr, seeds: seeds::csr },
+    Target { name: "dns", run: names::dns, seeds: seeds::dns },
     Target { name: "enrolment", run: wire::enrolment, seeds: seeds::enrolment },
     Target { name: "frame", run: wire::frame, seeds: seeds::frame },
     Target { name: "ingest", run: server::ingest, seeds: seeds::ingest },
     Target { name: "kernel", run: kernel::tables, seeds: seeds::kernel },
     Target { name: "logline", run: records::logline, seeds: seeds::logline },
+    Target { name: "names-tcp", run: names::tcp, seeds: seeds::names_tcp },
+    Target { name: "names-udp", run: names::udp, seeds: seeds::names_udp },
     Target { name: "netlink", run: kernel::netlink, seeds: seeds::netlink },
     Target { name: "packet", run: packet::packet, seeds: seeds::packet },
     Target { name: "prefixes", run: files::prefixes, seeds: seeds::prefixes },

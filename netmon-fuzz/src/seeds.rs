@@ -16,6 +16,7 @@ use rcgen::{
 };
 use serde::Serialize;
 
+use crate::names::protected;
 use crate::spool::{RUN_FILE_AS_IT_IS, SEGMENT_AS_IT_IS};
 
 /// 2026-11-23T12:42:05Z.
@@ -701,4 +702,172 @@ pub fn config() -> Vec<Vec<u8>> {
         "[log]\nkernel = \"trace\"\nmax_mib = 18446744073709551615\n",
     ];
     texts.map(|text| text.as_bytes().to_vec()).into()
+}
+
+/// Payload with a byte in front that says how, its offset where it has one, and its length.
+fn piece(how: u8, seq: Option<u16>, bytes: &[u8]) -> Vec<u8> {
+    let seq = seq.map(u16::to_le_bytes).unwrap_or_default();
+    let at: &[u8] = if seq == [0, 0] { &[] } else { &seq };
+    [&[how], at, &(bytes.len() as u16).to_le_bytes(), bytes].concat()
+}
+
+fn quic_hello() -> Vec<u8> {
+    let name = "quic.example.org".try_into().expect("a name");
+    let mut client =
+        rustls::quic::ClientConnection::new(client_config(), rustls::quic::Version::V1, name, vec![1; 60])
+            .expect("a client");
+    let mut hello = Vec::new();
+    client.write_hs(&mut hello);
+    hello
+}
+
+fn client_config() -> std::sync::Arc<rustls::ClientConfig> {
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h3".to_vec()];
+    std::sync::Arc::new(config)
+}
+
+/// A hello in one segment and in three, a request, mail that becomes TLS, a tunnel; a question and an answer over TCP.
+pub fn names_tcp() -> Vec<Vec<u8>> {
+    let name = "www.example.org".try_into().expect("a name");
+    let mut client = rustls::ClientConnection::new(client_config(), name).expect("a client");
+    let mut hello = Vec::new();
+    client.write_tls(&mut hello).expect("memory");
+    let sent = |port: u8, at: usize, bytes: &[u8]| piece(4 | port, Some(0x100 + at as u16), bytes);
+    let request = b"GET / HTTP/1.1\r\nHost: www.example.org:8080\r\nUser-Agent: curl\r\n\r\n";
+    let ech = {
+        // As a hello without extensions, with some put in.
+        let extensions = b"\0\0\0\x17\0\x15\0\0\x12cloudflare-ech.com\xfe\x0d\0\x04\0\0\x01\0";
+        let body =
+            [b"\x03\x03", &[7; 32][..], b"\0\0\x02\x13\x01\x01\0\0", &[extensions.len() as u8], extensions]
+                .concat();
+        [b"\x16\x03\x01\0", &[body.len() as u8 + 4][..], b"\x01\0\0", &[body.len() as u8], &body].concat()
+    };
+    vec![
+        sent(0, 0, &hello),
+        [sent(0, 200, &hello[200..]), sent(0, 0, &hello[..90]), sent(0, 90, &hello[90..200])].concat(),
+        sent(1, 0, request),
+        [sent(1, 30, &request[30..]), sent(1, 0, &request[..30])].concat(),
+        [sent(3, 0, b"EHLO pc\r\n"), sent(3, 9, b"STARTTLS\r\n"), sent(3, 19, &hello)].concat(),
+        [sent(1, 0, b"CONNECT 192.0.2.1:443 HTTP/1.1\r\n\r\n"), sent(1, 34, &hello)].concat(),
+        sent(1, 0, b"GET http://proxied.example/ HTTP/1.1\r\nHost: other.example\r\n\r\n"),
+        sent(0, 0, &ech),
+        [
+            piece(4 | 2, Some(0x100), &[&[0, question().len() as u8], &question()[..]].concat()),
+            piece(2, Some(0x100), &[&[0, answer().len() as u8], &answer()[..]].concat()),
+        ]
+        .concat(),
+    ]
+}
+
+/// Initial packets whole, in pieces, after a Retry, in version 2; Google's hello, a DTLS hello; multicast DNS and DHCP.
+pub fn names_udp() -> Vec<Vec<u8>> {
+    let hello = quic_hello();
+    let crypto = |from: usize, to: usize| {
+        let number = |value: usize| (value as u16 | 0x4000).to_be_bytes();
+        [&[6], &number(from)[..], &number(to - from), &hello[from..to]].concat()
+    };
+    let (half, all) = (hello.len() / 2, hello.len());
+    let sent = |how: u8, bytes: &[u8]| piece(4 | how, None, bytes);
+    let whole = protected(rustls::quic::Version::V1, b"outside", b"outside", 0, &crypto(0, all));
+    let chlo = b"CHLO\x02\0\0\0SNI\0\x0f\0\0\0VER\0\x13\0\0\0www.example.orgQ046";
+    let dtls_body =
+        [b"\xfe\xfd", &[7; 32][..], b"\0\0\0\x02\x13\x01\x01\0\0\x0e\0\0\0\x0a\0\x08\0\0\x05a.org"].concat();
+    let length = dtls_body.len() as u8;
+    let dtls = [
+        &[
+            22,
+            0xfe,
+            0xff,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            length + 12,
+            1,
+            0,
+            0,
+            length,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            length,
+        ][..],
+        &dtls_body,
+    ]
+    .concat();
+    let mut dhcp =
+        [&[1, 1, 6, 0, 1, 2, 3, 4][..], &[0; 20], &[2, 0, 0, 0, 0, 9], &[0; 10], &[0; 192]].concat();
+    dhcp.extend(b"\x63\x82\x53\x63\x35\x01\x03\x32\x04\x0a\x4d\x00\x09\x0c\x05pc-23\xff");
+    let mdns =
+        b"\0\0\x84\0\0\0\0\x01\0\0\0\0\x05pc-23\x05local\0\0\x01\x80\x01\0\0\0\x78\0\x04\xcb\0\x71\x09";
+    vec![
+        sent(0x10, &crypto(0, all)),
+        [sent(0x10, &crypto(half, all)), sent(0x50, &[&[1, 0, 0][..], &crypto(0, half)].concat())].concat(),
+        [sent(0x10, &crypto(0, half)), sent(0x20, &crypto(0, half)), sent(0x20, &crypto(half, all))].concat(),
+        [sent(0x10, &crypto(0, half)), sent(0x70, &crypto(half, all))].concat(),
+        sent(0x30, &crypto(0, all)),
+        sent(0, &whole),
+        sent(0, &[b"\x09outside.Q043\x01", &[0x22; 12][..], b"\xa0\x01\x40\x00", chlo].concat()),
+        sent(0, &[b"\xc3Q046\x50outside.\0\0\0\x01", &[0x22; 12][..], b"\xa0\x01\x40\x00", chlo].concat()),
+        sent(0, &dtls),
+        piece(2, None, mdns),
+        piece(3, None, &dhcp),
+        [sent(1, &question()), piece(1, None, &answer())].concat(),
+    ]
+}
+
+/// Question 7 for the address of www.example.org.
+fn question() -> Vec<u8> {
+    b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x03www\x07example\x03org\0\0\x01\0\x01".to_vec()
+}
+
+/// Its answer, over an alias.
+fn answer() -> Vec<u8> {
+    let mut answer = question();
+    answer[2..8].copy_from_slice(b"\x81\x80\0\x01\0\x02");
+    answer.extend(b"\xc0\x0c\0\x05\0\x01\0\0\0\x3c\0\x06\x03cdn\xc0\x10");
+    answer.extend(b"\xc0\x2d\0\x01\0\x01\0\0\0\x3c\0\x04\xcb\0\x71\x03");
+    answer
+}
+
+/// Question, answer and a list of domains.
+pub fn dns() -> Vec<Vec<u8>> {
+    let block = |bytes: &[u8]| [&(bytes.len() as u16).to_le_bytes(), bytes].concat();
+    let mut https = question();
+    https[2..8].copy_from_slice(b"\x81\x80\0\x01\0\x01");
+    // Priority 1, the owner itself; hints of both families; an ECH configuration with its public name.
+    let ech =
+        [b"\0\x24\xfe\x0d\0\x20\x09\0\x20\0\x04aaaa\0\x04\0\x01\0\x01\0", &[13][..], b"front.example\0\0"]
+            .concat();
+    let value = [
+        b"\0\x01\0\0\x04\0\x04\xcb\0\x71\x06\0\x05",
+        &(ech.len() as u16).to_be_bytes()[..],
+        &ech,
+        b"\0\x06\0\x10\x20\x01\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\x06",
+    ]
+    .concat();
+    https.extend(
+        [b"\xc0\x0c\0\x41\0\x01\0\0\x01\x2c", &(value.len() as u16).to_be_bytes()[..], &value].concat(),
+    );
+    let list = "# rules\nexample.org\n=www.example.net\nb\u{fc}cher.example\n".as_bytes();
+    vec![
+        [block(&question()), block(&answer()), block(list)].concat(),
+        [block(&question()), block(&https), block(b"*.example.org\n")].concat(),
+        [block(&question()), block(&question()), block(b"10.0.0.0/8\n")].concat(),
+    ]
 }

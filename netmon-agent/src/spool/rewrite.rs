@@ -17,9 +17,8 @@ const SEGMENT_AGE_NS: u64 = 24 * 3_600_000_000_000;
 /// True for what is told again, or summed up, by a later record: the first to give way.
 fn is_minor(event: &Event) -> bool {
     match event {
-        Event::Transfer(transfer) | Event::TransferOverUsb(transfer) => transfer.phase == Phase::Progress,
-        Event::Muted(_) | Event::Coverage(_) => true,
-        _ => false,
+        Event::Muted(_) | Event::Coverage(_) | Event::NamesCoverage(_) => true,
+        event => event.transfer().is_some_and(|transfer| transfer.phase == Phase::Progress),
     }
 }
 
