@@ -131,7 +131,9 @@ pub struct Collector {
     /// By the key of a certificate (only those that this server's CA signed come so far) and the address: a copy of an
     /// identity does not keep its owner out.
     calls: Mutex<Buckets<([u8; 32], IpAddr)>>,
+    /// Room for batches of many records.
     unpacked: Arc<Semaphore>,
+    /// Room for batches of few records.
     unpacked_small: Arc<Semaphore>,
     connections: AtomicU64,
     faults: AtomicU64,

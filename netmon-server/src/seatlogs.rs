@@ -93,10 +93,10 @@ impl SeatLogs {
         result
     }
 
-    /// Syncs what was written of these seats; how far that is, for [`store::save_seat_log`] and then [`SeatLogs::saved`]. A file that is missing
-    /// is written anew; a seat that fails does not keep the others from being saved, and is written again from its last save on
-    /// (see [`SeatLogs::distrust`]): the last [`SeatLogError`], for which a later call makes up. Seats of which there is more to
-    /// write go into `behind`.
+    /// Syncs what was written of these seats; how far that is, for [`store::save_seat_log`] and then [`SeatLogs::saved`]. A file
+    /// that is missing is written anew; a seat that fails does not keep the others from being saved, and is written again from
+    /// its last save on (see [`SeatLogs::distrust`]): the last [`SeatLogError`], for which a later call makes up. Seats of which
+    /// there is more to write go into `behind`.
     pub fn synced(
         &mut self,
         conn: &Connection,
