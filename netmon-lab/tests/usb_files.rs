@@ -10,7 +10,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -186,6 +186,11 @@ impl Recorded {
         }
     }
 
+    /// By how much the file that was closed last has grown at least.
+    fn grown(&self) -> u64 {
+        self.recording.as_ref().unwrap().closed().last().unwrap().2
+    }
+
     /// Ends it; what it had still to say.
     fn end(mut self) -> Vec<Event> {
         let recording = self.recording.take();
@@ -258,11 +263,12 @@ fn child() {
             // SAFETY: two descriptors that are open, and null pointers, which splice(2) takes.
             assert_eq!(unsafe { libc::splice(file, null, into, null, 4096, 0) }, 4096);
         }
-        // Marks what it is told to, and stands still where it is told of a place called "held".
+        // Marks what it is told to, and stands still where it is told of a place called "held", until "released" is there.
         Ok("marks") => serve(std::io::stdin().as_fd(), |place| {
             if place.path.ends_with("held") {
-                fs::create_dir(&place.path).unwrap();
-                std::thread::sleep(Duration::from_secs(600));
+                fs::create_dir_all(&place.path).unwrap();
+                let released = place.path.with_file_name("released");
+                wait::until(6 * PATIENCE, "the release", || released.exists().then_some(())).unwrap();
             }
             true
         })
@@ -302,8 +308,9 @@ fn a_copy_to_it_and_one_from_it_are_told_with_size_program_and_user() {
         };
         assert_eq!(written, expected);
         assert!(written.pid > 0);
-        let closed: Vec<_> = recorded.recording.as_ref().unwrap().closed().collect();
-        assert_eq!(closed.last().unwrap().2, 5_000_000);
+        // At least: what was written before the opening was looked at is not in it.
+        let grown = recorded.grown();
+        assert!(grown <= 5_000_000, "{grown}");
 
         let back = format!("cp {}/copy.pdf back.pdf", stick.display());
         let read = recorded.file_of("cp", || as_student(&back, source.path()));
@@ -322,6 +329,25 @@ fn a_copy_to_it_and_one_from_it_are_told_with_size_program_and_user() {
             ("empty".into(), FileAccess::Written, Some(0))
         );
         assert_eq!(recorded.end(), []);
+    });
+}
+
+#[test]
+fn what_a_file_grew_by_is_known_when_its_opening_was_seen_before_it_was_written() {
+    on_each(|mounted| {
+        let mut recorded = Recorded::of(mounted.to_record());
+        let mut writes = Command::new("sh")
+            .args(["-c", "exec 3> slow; echo x > behind; read go; printf %05000000d 0 >&3"])
+            .current_dir(mounted.path())
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        assert_eq!(recorded.file().name, "behind".into());
+        writes.stdin.take().unwrap().write_all(b"go\n").unwrap();
+        assert!(writes.wait().unwrap().success());
+        let told = recorded.file();
+        assert_eq!((told.name, told.bytes), ("slow".into(), Some(5_000_000)));
+        assert_eq!(recorded.grown(), 5_000_000);
     });
 }
 
@@ -432,14 +458,16 @@ fn a_queue_that_was_full_is_a_gap_while_the_thread_waits() {
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let names = FileNames::Marker(Arc::new(Marker::start(&program).unwrap()));
     let mut recorded = Recorded::with(names, mounted.to_record());
-    // The thread waits for the process that marks, and the kernel's queue of 16,384 events fills up.
+    // The thread waits for the process that marks, five seconds for each place, and the kernel's queue of 16,384 events fills
+    // up meanwhile.
     let held = directory.path().join("held");
     let place = MountPoint { mount_id: 1, path: held.clone() };
     let stuck =
-        ToRecord { volume: DeviceNumber { major: 0, minor: 1 }, places: vec![place; 2], disk: disk() };
+        ToRecord { volume: DeviceNumber { major: 0, minor: 1 }, places: vec![place; 24], disk: disk() };
     recorded.update(vec![stuck, mounted.to_record()]);
     wait::until(PATIENCE, "the thread to wait", || held.exists().then_some(())).unwrap();
     as_student("for i in $(seq 20000); do echo $i > $i; done", &mounted.path());
+    fs::write(directory.path().join("released"), "").unwrap();
     wait::until(2 * PATIENCE, "the gap", || match recorded.next() {
         Event::UsbFilesUnseen(unseen) if unseen.reason == FilesUnseen::QueueFull => {
             assert!(unseen.count.is_none() && unseen.from_wall_ns < unseen.to_wall_ns, "{unseen:?}");
@@ -464,7 +492,7 @@ fn neither_a_fifo_nor_a_huge_file_holds_it_up() {
         as_student("printf x | dd of=huge bs=1 seek=4294967303 status=none", &mounted.path());
         let told = recorded.file();
         assert_eq!((told.name, told.bytes), ("huge".into(), Some((1 << 32) + 8)));
-        let grown = recorded.recording.as_ref().unwrap().closed().last().unwrap().2;
+        let grown = recorded.grown();
         assert!(grown <= 64 << 10, "holes are not written: {grown}");
     });
 }
