@@ -218,8 +218,8 @@ impl Thread {
         let now = Now::read();
         let due = self.files.due_ns().map(|due_ns| due_ns.saturating_sub(now.boot_ns));
         let leaving = self.watched.values().any(|watched| watched.leaving).then_some(LEAVING_NS);
-        let full = self.outputs.capacity() == 0 && (!self.ready.is_empty() || self.files.has_events());
-        let retry = full.then_some(RETRY_NS);
+        // There was no room for it. There may be by now, and nobody else would wake this thread.
+        let retry = (!self.ready.is_empty() || self.files.has_events()).then_some(RETRY_NS);
         let left = [due, leaving, retry].into_iter().flatten().min();
         let timeout = left.map(|left| Timespec {
             tv_sec: (left / 1_000_000_000) as i64,
